@@ -1,0 +1,258 @@
+"""The learning plateau, and what happens to the weights component on it (claims 1 to 4; the paper's Fig. 3 and 4).
+
+    python exp_plateau.py                                       the whole figure, laptop scale
+    python exp_plateau.py --difficulty 1 10 inf --seeds 5       your own sweep
+    python exp_plateau.py --difficulty inf --lr 5e-4 1e-3 2e-3  plateau length and spread against the learning rate
+
+Runs = difficulties x learning rates x seeds, all trained in one program. Writes metrics.json, figure.png, checkpoint.pt.
+"""
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+import probes
+from model import GPT, Adam, Config, autocast, compile_blocks, pick_device
+from tasks import FACTORS, SIZES, UsageError, image, mappings, parse_difficulty, render, sequence_numbers, shapes
+
+SCALES = {  # defaults only: any flag overrides them
+    "laptop": dict(difficulty=[1, 8, 64, math.inf], lr=[1e-3], factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5,
+                   steps=2500, batch=48, pairs=12, n_layer=3, n_head=2, d_model=64, sequences=0, evaluations=100, probes=10),
+    "paper": dict(difficulty=[1, 10, 100, 1000, 5000, 20000, math.inf], lr=[1e-4], factors=SIZES, ask=FACTORS, code_width=768, code_gain=3.0,
+                  steps=46860, batch=128, pairs=40, n_layer=12, n_head=4, d_model=128, sequences=100_000, evaluations=240, probes=30),
+}  # fmt: skip
+
+
+FREE = ("resume", "replot", "max_minutes", "out", "device")  # flags that may differ when a run is resumed
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags], explained by -h", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    run = parser.add_argument_group("run")
+    run.add_argument("--seeds", type=int, default=3, help="runs per arm, seeds 0 .. n-1 (default 3)")
+    run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
+    run.add_argument("--out", default="out/plateau", help="folder of metrics.json, figure.png, checkpoint.pt")
+    run.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+    run.add_argument("--replot", action="store_true", help="redraw figure.png from metrics.json, train nothing")
+    run.add_argument("--max-minutes", type=float, default=math.inf, help="stop cleanly after this long; --resume continues")
+    run.add_argument("--scale", choices=SCALES, default="laptop", help="which set of defaults (any flag overrides)")
+    run.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of training; measures are always fp32")
+    run.add_argument("--no-compile", action="store_true", help="train without torch.compile")
+    exp = parser.add_argument_group("experiment")
+    exp.add_argument("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, one or several; inf = always fresh")
+    exp.add_argument("--lr", type=float, nargs="+", help="Adam's learning rate, one or several")
+    exp.add_argument("--embedding", default="code", help="pixels, code, vae, or a file.npz in the paper's layout (default code)")
+    exp.add_argument("--code-width", type=int, help="dimensions of the code embedding")
+    exp.add_argument("--code-gain", type=float, help="entanglement of the code embedding")
+    exp.add_argument("--factors", type=int, nargs=6, help="values per factor, 1 = constant")
+    exp.add_argument("--ask", choices=FACTORS, nargs="+", help="factors that may be asked; the others only vary")
+    exp.add_argument("--steps", type=int, help="training steps, the budget")
+    exp.add_argument("--batch", type=int, help="sequences per step")
+    exp.add_argument("--pairs", type=int, help="(image, label) pairs per sequence")
+    exp.add_argument("--sequences", type=int, help="size of the training set of sequences, 0 = always fresh")
+    exp.add_argument("--n-layer", type=int, help="blocks")
+    exp.add_argument("--n-head", type=int, help="attention heads")
+    exp.add_argument("--d-model", type=int, help="width")
+    exp.add_argument("--evaluations", type=int, help="points of a curve")
+    exp.add_argument("--probes", type=int, help="times the states are probed, after the start")
+    args = parser.parse_args()
+    for name, value in SCALES[args.scale].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("seeds", "steps", "batch", "pairs", "n_layer", "n_head", "d_model", "evaluations", "probes", "code_width"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.d_model % args.n_head:
+        parser.error(f"--n-head {args.n_head}: must divide --d-model {args.d_model}")
+    return args
+
+
+def train(args: argparse.Namespace, out: Path) -> None:
+    device, args.precision = pick_device(args.device, args.precision)
+    world = shapes(args.factors, args.ask, args.embedding, args.code_width, args.code_gain, device)
+    runs = [dict(arm="baseline", difficulty=m, lr=lr, seed=s) for m in args.difficulty for lr in args.lr for s in range(args.seeds)]
+    column = lambda key: [run[key] for run in runs]
+    seed, m = torch.tensor(column("seed"), device=device), mappings(column("difficulty"), device)
+    model = GPT(Config(d_x=world.table.shape[1], d_y=world.n_label, n_pair=args.pairs, n_layer=args.n_layer,
+                       n_head=args.n_head, d_model=args.d_model), column("seed")).to(device)  # fmt: skip
+    optimizer = Adam(model, column("lr"))
+    record = probes.Record(runs, world, model, args.pairs, args.steps, args.evaluations, args.probes)
+    settings = {key: value for key, value in vars(args).items() if key not in FREE}
+    first = record.load_checkpoint(out / "checkpoint.pt", settings, model, optimizer) if args.resume else 0
+    print(f"{args.scale} scale on {device}, {args.precision}: {len(runs)} runs x {args.steps} steps; {settings}", flush=True)
+    if not args.no_compile:
+        compile_blocks(model)
+
+    saved = time.perf_counter()
+    for step in range(first, args.steps + 1):
+        if record.due(step):
+            record.measure(model, step)
+            print(record.line(), flush=True)
+        late = time.perf_counter() - record.began > 60 * args.max_minutes
+        if late or step == args.steps or time.perf_counter() - saved > 60:
+            record.save_checkpoint(out / "checkpoint.pt", settings, step, model, optimizer)
+            saved = time.perf_counter()
+        if late or step == args.steps:
+            break
+        batch = world.sample(seed, m, sequence_numbers(seed, step, args.batch, args.sequences), args.pairs)
+        with autocast(device, args.precision):
+            logits = model(batch.x, F.one_hot(batch.label, world.n_label).float())
+        loss = probes.label_loss(logits, batch.label).mean((1, 2))  # (r,), one mean per run
+        loss.sum().backward()  # nothing crosses the run axis: the sum's gradient is each run's own
+        optimizer.step()
+
+    metrics = record.metrics("exp_plateau.py", vars(args), device)
+    metrics["best_lr"] = best_rate(metrics)
+    paired = [(run["final_weights_score"] - run["initial_weights_score"], args.steps if run["censored"] else run["plateau_length"])
+              for run in metrics["runs"] if run["lr"] == metrics["best_lr"] and run["final_weights_score"] is not None]  # fmt: skip
+    metrics["weights_score_change_against_plateau_length"] = {"rho": probes.rank_correlation(*zip(*paired)), "n": len(paired)}
+    metrics["example"] = example(world, args.pairs)
+    probes.save_json(out / "metrics.json", metrics)
+    report(metrics)
+
+
+def example(world, n: int) -> dict:
+    """One worked sequence for the picture: asked factor, labels, and factor values from which a replot renders the images."""
+    one = torch.tensor([0], device=world.values.device)
+    batch = world.sample(one, mappings([math.inf], one.device), one[None] + 3, n)
+    full = world.full[batch.image[0, 0]]
+    return {"asked": FACTORS[world.asked[batch.asked.item()]], "label": batch.label[0, 0].tolist(), "values": full.tolist()}
+
+
+def best_rate(metrics: dict) -> float:
+    """The sweep's own best learning rate: shortest plateau, median over seeds, mean over difficulties (ties: final loss)."""
+    rate = lambda lr: [row for row in metrics["summary"] if row["lr"] == lr]
+    rank = lambda lr: [sum(row[key] or math.inf for row in rate(lr)) for key in ("plateau_length_median", "final_loss_median")]
+    return min(metrics["args"]["lr"], key=rank)
+
+
+def report(metrics: dict) -> None:
+    """The result in words."""
+    for row in metrics["summary"]:
+        lengths = " ".join("never" if v is None else str(v) for v in row["plateau_lengths"])
+        changes = " ".join(f"{v:+.3f}" for v in row["weights_score_changes"])
+        print(f"m = {row['difficulty']}, lr {row['lr']:g}: plateau {lengths} (median {row['plateau_length_median']:g}); weights score {changes}")
+    relation = metrics["weights_score_change_against_plateau_length"]
+    print(f"rank correlation of weights score change and plateau length: {relation['rho']} over {relation['n']} runs at lr {metrics['best_lr']:g}")
+
+
+# ---------------------------------------------------------------------------------------------- the picture
+
+
+def curves(ax, runs: list[dict], colours: dict, x: str, y) -> None:
+    """Every seed a thin line, the median over seeds bold."""
+    for m, colour in colours.items():
+        stack = [[math.nan if v is None else v for v in y(run)] for run in runs if run["difficulty"] == m]
+        steps = next(run[x] for run in runs if run["difficulty"] == m)
+        ax.plot(steps, np.array(stack).T, color=colour, lw=0.7, alpha=0.4)
+        ax.plot(steps, np.nanmedian(stack, 0), color=colour, lw=2.2, label=f"m = {m}".replace("inf", "\u221e"))
+
+
+def plot(metrics: dict, path: Path) -> None:
+    args, block, lr = metrics["args"], metrics["headline_block"], metrics["best_lr"]
+    runs = [run for run in metrics["runs"] if run["lr"] == lr]
+    difficulties = list(dict.fromkeys(run["difficulty"] for run in runs))
+    colours = dict(zip(difficulties, plt.cm.viridis_r(np.linspace(0.05, 0.95, len(difficulties)))))
+    several = len(args["lr"]) > 1
+    figure, axes = plt.subplots(2 + several, 3, figsize=(15, 8.4 + 4 * several), layout="constrained")
+    (a, b, c), (d, e, f) = axes[:2]
+    budget, last = runs[0]["steps"][-1], len(difficulties) - 1
+    score = lambda key: lambda run: [row[block] for row in run[key]]
+    start = float(np.median([run["initial_weights_score"] for run in runs]))
+
+    curves(a, runs, colours, "steps", lambda run: [v and v / run["no_context_loss"] for v in run["loss"]])
+    for m, colour in colours.items():
+        level = metrics["reference"][str(m)]
+        a.axhline(level["bayes_loss"] / level["no_context_loss"], color=colour, ls="--", lw=1)
+    a.axhline(1, color="black", ls="--", lw=1)
+    a.axhline(probes.ESCAPE, color="black", ls=":", lw=1)
+    a.text(budget, 1.005, "best without context", ha="right", va="bottom", fontsize=8)
+    a.text(budget, probes.ESCAPE + 0.005, "below: plateau is over", ha="right", va="bottom", fontsize=8)
+    a.text(budget, 0.01, "dashed: exact Bayes level", ha="right", va="bottom", fontsize=8)
+    a.set(title="(a) Training stalls, then jumps", xlabel="step", ylabel="held-out loss / best loss without context", ylim=(0, 1.15), xlim=0)
+
+    curves(b, runs, colours, "probe_steps", score("weights_score"))
+    b.axhline(start, color="black", ls="--", lw=1)
+    b.axhspan(b.get_ylim()[0], start, color="tab:red", alpha=0.07, lw=0)
+    b.text(0, start, " at initialisation", va="bottom", fontsize=8)
+    b.set(title=f"(b) Weights component (block {block + 1}, no context)", xlabel="step", ylabel="weights score", xlim=0)
+    b.legend(fontsize=8, title="mappings", title_fontsize=8)
+
+    if "context_score" in runs[0]:
+        curves(c, runs, colours, "probe_steps", score("context_score"))
+    c.axhline(1 / len(args["ask"]), color="black", ls="--", lw=1, label="chance")
+    c.set(title=f"(c) Context component (block {block + 1})", xlabel="step", ylabel="which factor is asked: accuracy", xlim=0)
+
+    place = np.arange(len(difficulties))
+    end = lambda key: np.array([[run[key][-1][block] for run in runs if run["difficulty"] == m] for m in difficulties], float)
+    for key, colour, text in (("weights_score", "tab:blue", "score (the paper's probe)"), ("weights_score_identity", "tab:cyan", "score, attention = identity"),
+                              ("weights_score_converged", "tab:green", "converged probe")):  # fmt: skip
+        d.plot(place, np.median(end(key), 1), color=colour, lw=2, label=text)
+        d.plot(place, end(key), ".", color=colour, ms=5, alpha=0.6)
+    d.axhline(start, color="black", ls="--", lw=1)
+    d.axhspan(d.get_ylim()[0], start, color="tab:red", alpha=0.07, lw=0, label="dysfunction: below initial")
+    wide = d.twinx()
+    wide.plot(place, np.median(end("spread"), 1), color="tab:orange", lw=1.5, ls="-.", label="spread of the states (right)")
+    wide.set(yscale="log", ylabel="spread")
+    d.set_xticks(place, [str(m).replace("inf", "\u221e") for m in difficulties])
+    d.set(title="(d) Weights component at the end: lost or drowned?", xlabel="mappings m", ylabel="weights score")
+    d.legend(*[sum(pair, []) for pair in zip(d.get_legend_handles_labels(), wide.get_legend_handles_labels())], fontsize=7)
+
+    for run in runs:
+        change = run["final_weights_score"] - run["initial_weights_score"] if run["final_weights_score"] is not None else math.nan
+        shape = dict(marker="^", facecolor="none") if run["censored"] else dict(marker="o")
+        e.scatter(change, budget if run["censored"] else run["plateau_length"], edgecolor=colours[run["difficulty"]],
+                  **{"facecolor": colours[run["difficulty"]], **shape})  # fmt: skip
+    e.axvspan(min(e.get_xlim()[0], -0.02), 0, color="tab:red", alpha=0.07, lw=0)
+    relation = metrics["weights_score_change_against_plateau_length"]
+    e.set(title=f"(e) Plateau against weights component: rank corr. {relation['rho']}, n = {relation['n']}",
+          xlabel="weights score, end minus start", ylabel="plateau length (steps)", ylim=(0, 1.08 * budget))  # fmt: skip
+    e.text(0.02, 0.97, "\u25b3 = still on the plateau at the end", transform=e.transAxes, va="top", fontsize=8)
+
+    shown, masks = metrics["example"], render()
+    strip = [image(np.array(v), masks).transpose(1, 2, 0) for v in shown["values"][:8]]
+    f.imshow(np.concatenate([np.concatenate([np.pad(i, ((0, 8), (1, 1), (0, 0)), constant_values=1) for i in row], 1) for row in (strip[:4], strip[4:])]).clip(0, 1))
+    for i, label in enumerate(shown["label"][: len(strip)]):
+        f.text(18 * (i % 4) + 8.5, 24 * (i // 4) + 19.5, f"label {label}", ha="center", va="center", fontsize=10)
+    f.set_title(f"(f) A sequence; it asks for {shown['asked'].replace('_', ' ')}, which nobody says")
+    f.axis("off")
+
+    if several:
+        for ax, key, text in zip(axes[2], ("plateau_length", "weights", "spread"), ("plateau length (steps)", "weights score, end minus start", "spread at the end")):
+            value = {"plateau_length": lambda r: budget if r["censored"] else r["plateau_length"], "spread": lambda r: r["spread"][-1][block],
+                     "weights": lambda r: (r["final_weights_score"] or math.nan) - r["initial_weights_score"]}[key]  # fmt: skip
+            for m, colour in colours.items():
+                points = [[value(run) for run in metrics["runs"] if (run["difficulty"], run["lr"]) == (m, rate)] for rate in args["lr"]]
+                ax.plot(args["lr"], points, ".", color=colour, alpha=0.6)
+                ax.plot(args["lr"], np.median(points, 1), color=colour, lw=2)
+            ax.axvline(lr, color="black", ls=":", lw=1)
+            ax.set(xscale="log", yscale="log" if key == "spread" else "linear", xlabel="learning rate (dotted: best of the sweep)", ylabel=text)
+    probes.write_aside(path, lambda aside: figure.savefig(aside, dpi=110))
+    plt.close(figure)
+
+
+def main() -> None:
+    args = arguments()
+    out = Path(args.out)
+    try:
+        probes.prepare_out(out)
+        if not args.replot:
+            train(args, out)
+        plot(probes.read_metrics(out), out / "figure.png")
+    except UsageError as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

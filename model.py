@@ -1,0 +1,243 @@
+"""What learns: R independent GPT-2s in one program.
+
+Every parameter and every activation has a leading run axis, so one batched matmul moves all runs of a figure.
+Nothing crosses that axis: the gradient of the summed loss is each run's own gradient, and Adam is elementwise.
+Axis letters, here and in every file: r run, b batch, n pair, t token, d dim, h head, k block, f factor.
+
+Architecture and initialisation are GPT-2's (pre-norm, learned positions, tanh GELU, N(0, 0.02), residual projections
+N(0, 0.02 / sqrt(2 n_layer))). x and y share one linear read-in, as in the paper's code; predictions are read at x only.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional as F
+
+from tasks import UsageError
+
+
+@dataclass
+class Config:
+    d_x: int = 32  # size of an input vector; 0 = inputs are words
+    d_y: int = 4  # size of a label: number of classes (one-hot), or 1 for a real number
+    n_word: int = 0  # vocabulary, when inputs are words
+    n_pair: int = 12  # (x, y) pairs in a sequence
+    n_token: int = 1  # tokens of one x
+    n_layer: int = 4
+    n_head: int = 4
+    d_model: int = 64
+
+
+class Linear(nn.Module):
+    """R independent linear maps: x (r, t, d_in) -> (r, t, d_out), one batched matmul."""
+
+    def __init__(self, runs: int, d_in: int, d_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(runs, d_in, d_out))
+        self.bias = nn.Parameter(torch.zeros(runs, 1, d_out))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x @ self.weight
+        return y + self.bias.to(y.dtype)  # an fp32 bias would promote everything after it under autocast
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, runs: int, d_model: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(runs, 1, d_model))
+        self.bias = nn.Parameter(torch.zeros(runs, 1, d_model))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:]) * self.weight + self.bias
+
+
+class Block(nn.Module):
+    """One pre-norm GPT-2 block on x (r, b*t, d)."""
+
+    def __init__(self, runs: int, d_model: int, n_head: int):
+        super().__init__()
+        self.n_head = n_head
+        self.norm_1, self.norm_2 = LayerNorm(runs, d_model), LayerNorm(runs, d_model)
+        self.qkv = Linear(runs, d_model, 3 * d_model)
+        self.attention_out = Linear(runs, d_model, d_model)
+        self.mlp_in = Linear(runs, d_model, 4 * d_model)
+        self.mlp_out = Linear(runs, 4 * d_model, d_model)
+
+    def attention(self, x: torch.Tensor, tokens: int) -> torch.Tensor:
+        runs = x.shape[0]
+        q, k, v = rearrange(self.qkv(x), "r (b t) (three h d) -> three (r b) h t d", three=3, h=self.n_head, t=tokens)
+        if x.is_cuda:
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:  # written out: on a CPU the fused kernel's backward is slower than this at 20 to 80 tokens
+            future = torch.full((tokens, tokens), -math.inf, dtype=q.dtype).triu(1)
+            mixed = ((q @ k.mT) * q.shape[-1] ** -0.5 + future).softmax(-1) @ v
+        return self.attention_out(rearrange(mixed, "(r b) h t d -> r (b t) (h d)", r=runs))
+
+    def forward(self, x: torch.Tensor, tokens: int, mixing: str = "attention") -> torch.Tensor:
+        normed = self.norm_1(x)
+        # "identity" is the authors' probe: attention hands back its own (normed) input, so no token sees another
+        x = x + (self.attention(normed, tokens) if mixing == "attention" else normed)
+        return x + self.mlp_out(F.gelu(self.mlp_in(self.norm_2(x)), approximate="tanh"))
+
+
+class GPT(nn.Module):
+    """R GPT-2s for sequences x_1 y_1 ... x_n y_n. Run r is initialised from seeds[r] alone.
+
+    forward(x, y) -> logits (r, b, n, d_y), the prediction of each y from its x and the pairs before it.
+    x: vectors (r, b, n, d_x), or words (r, b, n, n_token) when config.n_word; y: one-hot labels or numbers (r, b, n, d_y).
+    y=None leaves the labels out: with n = 1 that is an input without any context.
+    hidden=True also returns the states after each block, a list of n_layer tensors (r, b, tokens, d_model).
+    """
+
+    def __init__(self, config: Config, seeds: list[int]):
+        super().__init__()
+        if config.d_model % config.n_head:
+            raise ValueError(f"n_head {config.n_head} must divide d_model {config.d_model}")
+        runs, d = len(seeds), config.d_model
+        self.config = config
+        if config.n_word:
+            self.words = nn.Parameter(torch.zeros(runs, config.n_word, d))
+        self.read_in = Linear(runs, max(config.d_x, config.d_y), d)
+        self.position = nn.Parameter(torch.zeros(runs, config.n_pair * (config.n_token + 1), d))
+        self.blocks = nn.ModuleList(Block(runs, d, config.n_head) for _ in range(config.n_layer))
+        self.norm = LayerNorm(runs, d)
+        self.read_out = Linear(runs, d, config.d_y)
+        self._initialise(seeds)
+
+    @torch.no_grad()
+    def _initialise(self, seeds: list[int]) -> None:
+        for run, seed in enumerate(seeds):
+            generator = torch.Generator().manual_seed(seed)
+            for name, p in self.named_parameters():
+                if name.startswith(("read_in", "read_out")):  # nn.Linear's default, as in the authors' code
+                    fan_in = (self.read_in if name.startswith("read_in") else self.read_out).weight.shape[1]
+                    p[run].uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
+                elif name.endswith("_out.weight"):  # the two projections that write to the residual stream
+                    p[run].normal_(0, 0.02 / math.sqrt(2 * self.config.n_layer), generator=generator)
+                elif name.endswith(("qkv.weight", "mlp_in.weight", "position", "words")):
+                    p[run].normal_(0, 0.02, generator=generator)
+
+    def embed(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        """Tokens before the first block, (r, b, tokens, d_model)."""
+        if self.config.n_word:
+            runs, n_word = self.words.shape[:2]
+            row = torch.arange(runs, device=x.device).view(-1, 1, 1, 1) * n_word
+            tokens = F.embedding(x + row, rearrange(self.words, "r w d -> (r w) d"))
+        else:
+            weight = self.read_in.weight[:, : x.shape[-1]]
+            tokens = rearrange(rearrange(x, "r b n d -> r (b n) d") @ weight, "r (b n) d -> r b n 1 d", b=x.shape[1])
+            tokens = tokens + self.read_in.bias[:, :, None, None].to(tokens.dtype)
+        if y is not None:  # a one-hot matmul, not a gather: its backward is a matmul as well
+            label = rearrange(y, "r b n c -> r (b n) c") @ self.read_in.weight[:, : y.shape[-1]] + self.read_in.bias
+            tokens = torch.cat([tokens, rearrange(label, "r (b n) d -> r b n 1 d", b=y.shape[1]).to(tokens.dtype)], dim=3)
+        tokens = rearrange(tokens, "r b n t d -> r b (n t) d")
+        return tokens + self.position[:, None, : tokens.shape[2]]
+
+    def forward(self, x, y=None, mixing: str = "attention", hidden: bool = False):
+        h = self.embed(x, y)
+        batch, tokens = h.shape[1:3]
+        h = rearrange(h, "r b t d -> r (b t) d")
+        states = []
+        for block in self.blocks:
+            h = block(h, tokens, mixing)
+            if hidden:
+                states.append(rearrange(h, "r (b t) d -> r b t d", b=batch))
+        at_x = self.at_x(rearrange(h, "r (b t) d -> r b t d", b=batch), with_labels=y is not None)
+        logits = self.read_out(self.norm(rearrange(at_x, "r b n d -> r (b n) d")))
+        logits = rearrange(logits, "r (b n) c -> r b n c", b=batch)
+        return (logits, states) if hidden else logits
+
+    def at_x(self, states: torch.Tensor, with_labels: bool = True) -> torch.Tensor:
+        """States (r, b, tokens, d) at the last token of each x, where its y is predicted: (r, b, n, d)."""
+        t = self.config.n_token
+        return states[:, :, t - 1 :: t + with_labels]
+
+
+class Adam:
+    """Adam (Kingma & Ba 2015) with a learning rate per run; every parameter has the run axis first.
+
+    lr (r,). eps, weight_decay (decoupled) and clip (gradient norm of one run, inf = off): a number, or one per run.
+    """
+
+    def __init__(self, model: nn.Module, lr, eps=1e-8, weight_decay=0.0, clip=math.inf, betas=(0.9, 0.999)):
+        self.params = list(model.parameters())
+        like = self.params[0]
+        per_run = lambda v: torch.as_tensor(v, dtype=torch.float32).expand(like.shape[0]).to(like.device).view(-1, 1, 1)
+        self.lr, self.eps, self.weight_decay, self.clip = map(per_run, (lr, eps, weight_decay, clip))
+        self.betas = betas
+        self.clips = bool(torch.isfinite(self.clip).any())  # decided once: asking later would stall a GPU
+        self.mean = [torch.zeros_like(p) for p in self.params]
+        self.square = [torch.zeros_like(p) for p in self.params]
+        self.count = torch.zeros((), device=like.device)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        grads = [p.grad for p in self.params]
+        if self.clips:
+            norm = sum(g.square().sum((1, 2), keepdim=True) for g in grads).sqrt()
+            torch._foreach_mul_(grads, (self.clip / norm).clamp(max=1.0))
+        self.count += 1
+        for p, g, mean, square in zip(self.params, grads, self.mean, self.square):
+            adam_update(p, g, mean, square, self.count, self.lr, self.eps, self.weight_decay, *self.betas)
+            p.grad = None
+
+    def state_dict(self) -> dict:
+        return {"mean": self.mean, "square": self.square, "count": self.count}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        for ours, theirs in ((self.mean, state["mean"]), (self.square, state["square"]), ([self.count], [state["count"]])):
+            for a, b in zip(ours, theirs, strict=True):
+                a.copy_(b)
+
+
+def adam_update(p, g, mean, square, count, lr, eps, weight_decay, beta1, beta2):
+    mean.lerp_(g, 1 - beta1)
+    square.lerp_(g * g, 1 - beta2)
+    step = lr / (1 - beta1**count)
+    root = (square / (1 - beta2**count)).sqrt_().add_(eps)
+    p.mul_(1 - lr * weight_decay).sub_(step * mean / root)
+
+
+# ---------------------------------------------------------------------------------------------- the machine
+
+
+def pick_device(device: str, precision: str) -> tuple[torch.device, str]:
+    """--device and --precision, with auto resolved: a GPU if there is one; bf16 where the hardware multiplies it.
+
+    Raises ValueError, naming the flag, for a device that is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UsageError(f"--device {device}: not available here; use --device cpu") from None
+    if precision == "auto":
+        fast = device.type == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        precision = "bf16" if fast else "fp32"
+    torch.set_float32_matmul_precision("high")  # fp32 measures on a GPU may use tf32
+    return device, precision
+
+
+def autocast(device: torch.device, precision: str):
+    """The context of a training forward pass: matrix products in bf16, or everything in fp32."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def compile_blocks(model: GPT) -> None:
+    """One compiled block serves all layers. A CPU without a C++ compiler trains uncompiled, slower and the same."""
+    if next(model.parameters()).is_cuda or shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++"):
+        for block in model.blocks:
+            block.compile()
+    else:
+        print("no C++ compiler found: training without torch.compile, about 1.3 times slower")

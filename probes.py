@@ -1,0 +1,392 @@
+"""What is measured: accuracy, weights score, context score, plateau length, and the record that becomes metrics.json.
+
+The weights component is what the weights alone make of ONE input, without any context. Its score: how well a linear
+read-out finds all factor values of a held-out image in the hidden state of that image alone. Four views of it:
+  weights_score            `alone`: a prompt of one image; probe trained as the paper trains it (Adam, one pass, raw states)
+  weights_score_identity   the authors' variant: attention replaced by identity in every block
+  weights_score_converged  closed-form ridge on standardised states: is the information there at all?
+  spread                   root of the summed variance of the state over images: does it drown in a few directions?
+Dysfunction = weights_score below its own value at initialisation. All measures are taken in fp32, on held-out data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch.nn import functional as F
+
+from tasks import HELD_OUT, UsageError, mappings, references
+
+PROBE_STEPS, PROBE_BATCH, PROBE_RATE = 782, 128, 1e-3  # steps and rate: the paper's single pass
+ESCAPE = 0.8  # of the best loss without context: Kim et al. (arXiv 2410.05448); a learner of the label set alone stays above
+COMPLETE = 0.95  # of the Bayes accuracy
+
+
+# ---------------------------------------------------------------------------------------------- accuracy
+
+
+def label_loss(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats at every x: logits (r, b, n, c), label (r, b, n) -> (r, b, n)."""
+    flat = F.cross_entropy(rearrange(logits.float(), "r b n c -> (r b n) c"), label.flatten(), reduction="none")
+    return flat.view(label.shape)
+
+
+@torch.no_grad()
+def evaluate(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean loss (r,) and accuracy by position (r, n) on a batch of sequences."""
+    with torch.compiler.set_stance("force_eager"):  # never compile again for a second shape
+        logits = model(batch.x, F.one_hot(batch.label, model.config.d_y).float())
+    hit = (logits.argmax(-1) == batch.label).float()
+    return label_loss(logits, batch.label).mean((1, 2)), hit.mean(1)
+
+
+# ---------------------------------------------------------------------------------------------- linear probes
+
+
+def read_accuracy(logits: torch.Tensor, absent: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Accuracy (g,), averaged over targets: logits (g, i, f*v), absent (f, v) values that do not exist, target (g, i, f)."""
+    logits = rearrange(logits, "g i (f v) -> g i f v", f=len(absent)).masked_fill(absent, -math.inf)
+    return (logits.argmax(-1) == target).float().mean((1, 2))
+
+
+def absent_values(sizes: list[int], device) -> torch.Tensor:
+    return torch.arange(max(sizes), device=device) >= torch.tensor(sizes, device=device)[:, None]
+
+
+@torch.no_grad()
+def linear_probe(train, target, test, test_target, sizes: list[int]) -> torch.Tensor:
+    """Held-out accuracy (g,) of g linear read-outs trained as the paper trains its probe: cross-entropy, Adam 1e-3, 782 steps.
+
+    train (g, i, d) raw states, target (i, f) or (g, i, f) values, test and test_target likewise, sizes (f,) values per target.
+    The gradient of softmax regression is written out: g small probes in one matmul are what makes probing cheap.
+    """
+    groups, items, d = train.shape
+    generator = torch.Generator().manual_seed(0)
+    absent = absent_values(sizes, train.device)
+    bound = lambda *shape: ((torch.rand(*shape, generator=generator) * 2 - 1) * d**-0.5).to(train.device).repeat(groups, 1, 1)
+    params = [bound(1, d, absent.numel()), bound(1, 1, absent.numel())]  # nn.Linear's default, the same for every group
+    one_hot = F.one_hot(target.expand(groups, -1, -1), absent.shape[1]).to(train.dtype)
+    picks = torch.randint(items, (PROBE_STEPS, min(PROBE_BATCH, items)), generator=generator).to(train.device)
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in params]
+    for t, pick in enumerate(picks, start=1):
+        x = train[:, pick]
+        logits = rearrange(x @ params[0] + params[1], "g i (f v) -> g i f v", f=len(sizes)).masked_fill(absent, -math.inf)
+        error = rearrange((logits.softmax(-1) - one_hot[:, pick]) / len(pick), "g i f v -> g i (f v)")
+        for p, g, (mean, square) in zip(params, (x.mT @ error, error.sum(1, keepdim=True)), moments):
+            mean.lerp_(g, 0.1)
+            square.lerp_(g * g, 0.001)
+            p.addcdiv_(mean, (square / (1 - 0.999**t)).sqrt_().add_(1e-8), value=-PROBE_RATE / (1 - 0.9**t))
+    return read_accuracy(test @ params[0] + params[1], absent, test_target)
+
+
+@torch.no_grad()
+def converged_probe(train, target, test, test_target, sizes: list[int], ridge: float = 1e-3) -> torch.Tensor:
+    """Held-out accuracy (g,) of the closed-form ridge read-out of one-hot targets from standardised states."""
+    absent = absent_values(sizes, train.device)
+    mean, std = train.mean(1, keepdim=True), train.std(1, keepdim=True) + 1e-6
+    a, b = (F.pad((s - mean) / std, (0, 1), value=1.0).double() for s in (train, test))
+    y = rearrange(F.one_hot(target.expand(len(a), -1, -1), absent.shape[1]).double(), "g i f v -> g i (f v)")
+    gram = a.mT @ a + ridge * a.shape[1] * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    return read_accuracy(b @ torch.linalg.solve(gram, a.mT @ y), absent, test_target)
+
+
+@torch.no_grad()
+def states(model, x: torch.Tensor, y: torch.Tensor | None = None, mixing: str = "attention") -> torch.Tensor:
+    """States at the x positions after every block: x (r, b, n, d) -> (r, k, b, n, d_model), finite."""
+    with torch.compiler.set_stance("force_eager"):
+        parts = [model(*part, mixing=mixing, hidden=True)[1] for part in zip(x.split(512, 1), y.split(512, 1) if y is not None else [None] * len(x[0]))]
+    per_part = [torch.stack([model.at_x(h, with_labels=y is not None) for h in part], 1) for part in parts]
+    return torch.cat(per_part, 2).nan_to_num()
+
+
+class Prober:
+    """Everything that is probed, on images and sequences drawn once: call it for a dict of scores (r, k)."""
+
+    def __init__(self, world, seed, m, n: int, images: int = 4096, sequences: int = 512):
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda pool, count: pool[torch.randperm(len(pool), generator=generator)[:count].to(pool.device)]
+        image = [draw(world.train, images), draw(world.test, images // 4)]
+        # whole sequences of n images each, so that the identity variant sees the positions of training
+        image = [i[: max(1, len(i) // n) * n] for i in image]
+        self.x, self.value = [world.table[i] for i in image], [world.values[i][:, world.varying] for i in image]
+        self.sizes, self.runs, self.n = [world.sizes[f] for f in world.varying], len(seed), n
+        number = 2 * HELD_OUT + torch.arange(sequences, device=seed.device).expand(len(seed), -1)
+        self.batch = [world.sample(seed, m, number, n), world.sample(seed, m, number[:, : sequences // 2], n, held_out=True)]
+        self.n_asked = len(world.asked)
+        raw = linear_probe(self.x[0][None], self.value[0], self.x[1][None], self.value[1], self.sizes)
+        self.raw_score = raw.item()  # the embedding itself
+        self.chance = statistics.mean(1 / size for size in self.sizes)
+
+    def __call__(self, model) -> dict[str, torch.Tensor]:
+        probe = lambda f, s, target, sizes: f(*(a for pair in zip(s, target) for a in pair), sizes).view(self.runs, -1)
+        group = lambda h: rearrange(h, "r k b n d -> (r k) (b n) d")
+        expand = lambda x: x.expand(self.runs, *x.shape)
+        alone = [group(states(model, expand(rearrange(x, "i d -> i 1 d")))) for x in self.x]
+        pairs = [expand(rearrange(x, "(b n) d -> b n d", n=min(self.n, len(x)))) for x in self.x]
+        empty = [torch.zeros(*x.shape[:3], model.config.d_y, device=x.device) for x in pairs]
+        identity = [group(states(model, x, y, "identity")) for x, y in zip(pairs, empty)]
+        scores = {
+            "weights_score": probe(linear_probe, alone, self.value, self.sizes),
+            "weights_score_identity": probe(linear_probe, identity, self.value, self.sizes),
+            "weights_score_converged": probe(converged_probe, alone, self.value, self.sizes),
+            "spread": alone[0].var(1).sum(-1).sqrt().view(self.runs, -1),
+        }
+        if self.n_asked > 1:
+            seen = [states(model, b.x, F.one_hot(b.label, model.config.d_y).float())[:, :, :, -1:] for b in self.batch]
+            asked = [b.asked.repeat_interleave(h.shape[1], 0)[..., None] for b, h in zip(self.batch, seen)]
+            scores["context_score"] = probe(linear_probe, [group(h) for h in seen], asked, [self.n_asked])
+        return scores
+
+
+def headline_block(n_layer: int) -> int:
+    """Index of the block whose weights score is quoted: the paper's third of 12, or the nearest quarter."""
+    return max(1, round(n_layer / 4)) - 1
+
+
+# ---------------------------------------------------------------------------------------------- plateau length
+
+
+def plateau_length(steps: list[int], loss: list[float], level: float) -> int | None:
+    """First step at which the held-out loss is below `level`; None = censored, never within the budget."""
+    return next((step for step, value in zip(steps, loss) if value is not None and value < level), None)
+
+
+# ---------------------------------------------------------------------------------------------- the record
+
+
+class Record:
+    """Curves and scores of all runs, checkpoints, and metrics.json.
+
+    runs: one dict per run with at least arm, difficulty, lr, seed. Every run is judged on the plain target task of its own
+    difficulty, on held-out sequences drawn once from its seed, whatever it is trained on.
+    """
+
+    def __init__(self, runs: list[dict], world, model, n: int, budget: int, evaluations: int, probings: int, sequences: int = 64):
+        self.runs, self.budget, self.began, self.first = runs, budget, time.perf_counter(), None
+        self.due_steps = sorted({round(i * budget / evaluations) for i in range(evaluations + 1)})
+        self.due_probes = set(self.due_steps[:: max(1, evaluations // probings)]) | {budget}
+        device = world.values.device
+        seed, difficulty = torch.tensor([run["seed"] for run in runs], device=device), [run["difficulty"] for run in runs]
+        known = {key: references(world, *key, n) for key in dict.fromkeys(zip(seed.tolist(), difficulty))}
+        self.references = [known[key] for key in zip(seed.tolist(), difficulty)]
+        number = HELD_OUT + torch.arange(sequences, device=device).expand(len(runs), -1)
+        self.held_out = world.sample(seed, mappings(difficulty, device), number, n, held_out=True)
+        self.fresh = world.sample(seed, mappings([math.inf] * len(runs), device), number, n, held_out=True)
+        self.prober = Prober(world, seed, mappings(difficulty, device), n)
+        self.block = headline_block(model.config.n_layer)
+        self.steps, self.loss, self.accuracy, self.probe_steps, self.scores = [], [], [], [], []
+        self.by_position = self.fresh_accuracy = None
+        self.warned: set[int] = set()
+        self.probing_seconds = 0.0
+
+    def due(self, step: int) -> bool:
+        return step in self.due_steps and step not in self.steps  # the second: a resumed run has measured its first step
+
+    def measure(self, model, step: int) -> None:
+        """Evaluate all runs, and probe them when it is time; nothing leaves the device."""
+        loss, self.by_position = evaluate(model, self.held_out)
+        self.steps.append(step)
+        self.loss.append(loss)
+        self.accuracy.append(self.by_position.mean(1))
+        if step in self.due_probes:
+            began = time.perf_counter()
+            self.probe_steps.append(step)
+            self.scores.append(self.prober(model))
+            self.fresh_accuracy = evaluate(model, self.fresh)[1].mean(1)
+            self.probing_seconds += time.perf_counter() - began
+
+    def line(self, label: str = "difficulty") -> str:
+        """The newest evaluation: medians over seeds of loss, accuracy and weights score, speed, time left."""
+        loss, accuracy = self.loss[-1].tolist(), self.accuracy[-1].tolist()
+        weights = self.scores[-1]["weights_score"][:, self.block].tolist()
+        for run in (r for r, value in enumerate(loss) if not math.isfinite(value) and r not in self.warned):
+            self.warned.add(run)
+            print(f"warning: non-finite loss at step {self.steps[-1]} in run {self.runs[run]}: its curve stops, the others go on")
+        parts = []
+        for key in dict.fromkeys(run[label] for run in self.runs):
+            rows = [r for r, run in enumerate(self.runs) if run[label] == key]
+            median = [statistics.median(values[r] for r in rows) for values in (loss, accuracy, weights)]
+            parts.append(f"{key}: {median[0]:.2f} {median[1]:3.0%} {median[2]:.2f}")
+        now, step = time.perf_counter(), self.steps[-1]
+        self.first = self.first or (step, now)
+        done = step - self.first[0]
+        pace = (now - self.first[1]) / done if done else math.nan
+        left = f"{pace * 1000:.0f} ms/step, {(self.budget - step) * pace / 60:.1f} min left" if done else "loss, accuracy, weights score"
+        return f"{step:6d}/{self.budget} {step / self.budget:4.0%} | " + " | ".join(parts) + f" | {left}"
+
+    # what a checkpoint keeps, beside the model and its optimizer
+    kept = ("steps", "loss", "accuracy", "probe_steps", "scores", "by_position", "fresh_accuracy")
+
+    def save_checkpoint(self, path: Path, settings: dict, step: int, model, optimizer) -> None:
+        state = {"settings": settings, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        state["record"] = {key: getattr(self, key) for key in self.kept}
+        write_aside(path, lambda aside: torch.save(state, aside))
+
+    def load_checkpoint(self, path: Path, settings: dict, model, optimizer) -> int:
+        """Restore everything; returns the step to go on from. UsageError if there is none or it is of other settings."""
+        try:
+            state = torch.load(path, map_location=self.held_out.x.device, weights_only=True)
+        except FileNotFoundError:
+            raise UsageError(f"--resume: no checkpoint at {path}; leave --resume out to start afresh") from None
+        except Exception:
+            raise UsageError(f"--resume: {path} is not a checkpoint of this script; remove it and start afresh") from None
+        other = [key for key in settings if settings[key] != state["settings"].get(key)]
+        if other:
+            flags = ", ".join(f"--{key.replace('_', '-')} (then {state['settings'].get(key)}, now {settings[key]})" for key in other)
+            raise UsageError(f"--resume: the checkpoint was made with other settings: {flags}; use another --out or the same flags")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        for key, value in state["record"].items():
+            setattr(self, key, value)
+        return state["step"]
+
+    def finished_runs(self) -> list[dict]:
+        """The runs of metrics.json."""
+        loss, accuracy = torch.stack(self.loss).T.tolist(), torch.stack(self.accuracy).T.tolist()
+        scores = {key: torch.stack([s[key] for s in self.scores], 1).tolist() for key in self.scores[0]}  # [run][probe][block]
+        out = []
+        for r, (run, level) in enumerate(zip(self.runs, self.references)):
+            losses, accuracies, free = list(map(number, loss[r])), list(map(number, accuracy[r])), level["no_context_loss"]
+            length = plateau_length(self.steps, losses, ESCAPE * free)
+            row = {
+                **run,
+                "difficulty": int(run["difficulty"]) if math.isfinite(run["difficulty"]) else "inf",
+                "steps": self.steps,
+                "loss": losses,
+                "accuracy": accuracies,
+                "accuracy_by_position": list(map(number, self.by_position[r].tolist())),
+                "fresh_accuracy": number(self.fresh_accuracy[r].item()),
+                "probe_steps": self.probe_steps,
+                **{key: [list(map(number, blocks)) for blocks in value[r]] for key, value in scores.items()},
+                "no_context_loss": number(free),
+                "plateau_length": length,
+                "censored": length is None,
+                "plateau_length_other_rules": {
+                    "0.9": plateau_length(self.steps, losses, 0.9 * free),
+                    "0.7": plateau_length(self.steps, losses, 0.7 * free),
+                    "zucchet": plateau_length(self.steps, losses, 0.2 * (losses[0] or 0)),
+                },
+                "completion_step": next((s for s, a in zip(self.steps, accuracies) if (a or 0) >= COMPLETE * level["bayes_accuracy"]), None),
+            }
+            row["initial_weights_score"] = row["weights_score"][0][self.block]
+            row["final_weights_score"] = row["weights_score"][-1][self.block]
+            out.append(row)
+        return out
+
+    def metrics(self, script: str, args: dict, device: torch.device) -> dict:
+        """The content of metrics.json; its keys are the same in every script."""
+        reference = {}
+        for run, level in zip(self.runs, self.references):
+            reference.setdefault(f"{run['difficulty']:.0f}", []).append(level)
+        mean = lambda levels: {key: np.mean([level[key] for level in levels], 0).round(6).tolist() for key in levels[0]}
+        runs = self.finished_runs()
+        return {
+            "script": script,
+            "args": {key: jsonable(value) for key, value in args.items()},
+            "environment": environment(device, time.perf_counter() - self.began),
+            "finished": self.steps[-1] == self.budget,
+            "headline_block": self.block,
+            "raw_embedding_score": number(self.prober.raw_score),
+            "chance_weights_score": number(self.prober.chance),
+            "reference": {key: mean(levels) for key, levels in reference.items()},
+            "runs": runs,
+            "summary": summarise(runs, self.steps[-1]),
+        }
+
+
+def jsonable(value):
+    if isinstance(value, (list, tuple)):
+        return [jsonable(v) for v in value]
+    return str(value) if isinstance(value, Path) or value in (math.inf, -math.inf) else value
+
+
+def number(value: float, digits: int = 6) -> float | None:
+    """JSON has no NaN: a run that diverged has null from there on."""
+    return round(value, digits) if math.isfinite(value) else None
+
+
+def summarise(runs: list[dict], budget: int, baseline: str = "baseline") -> list[dict]:
+    """One row per arm, difficulty and learning rate: every plateau length, their median, and the paired difference to the
+    baseline run of the same difficulty, rate and seed. Censored runs count as the budget, so a median equal to it means
+    'at least'. best_lr marks the rate with the shortest median plateau of its arm and difficulty (ties: lowest final loss).
+    """
+    length = lambda run: budget if run["censored"] else run["plateau_length"]
+    key = lambda run: (run["arm"], run["difficulty"], run["lr"])
+    rows = []
+    for group in dict.fromkeys(map(key, runs)):
+        mine = [run for run in runs if key(run) == group]
+        change = [round(run["final_weights_score"] - run["initial_weights_score"], 4) for run in mine if run["final_weights_score"] is not None]
+        base = {run["seed"]: run for run in runs if key(run) == (baseline, *group[1:])}
+        paired = [length(run) - length(base[run["seed"]]) for run in mine if run["seed"] in base and group[0] != baseline]
+        final = [run["loss"][-1] if run["loss"][-1] is not None else math.inf for run in mine]
+        rows.append({
+            "arm": group[0], "difficulty": group[1], "lr": group[2], "n": len(mine),
+            "plateau_length_median": statistics.median(map(length, mine)),
+            "plateau_lengths": [run["plateau_length"] for run in mine], "censored": sum(run["censored"] for run in mine),
+            "weights_score_change_median": statistics.median(change) if change else None, "weights_score_changes": change,
+            "final_loss_median": number(statistics.median(final)),
+            "paired_difference_median": statistics.median(paired) if paired else None, "paired_differences": paired,
+        })  # fmt: skip
+    for row in rows:
+        rivals = [r for r in rows if (r["arm"], r["difficulty"]) == (row["arm"], row["difficulty"])]
+        rank = lambda r: (r["plateau_length_median"], r["final_loss_median"] or math.inf)
+        row["best_lr"] = rank(row) == min(map(rank, rivals))
+    return rows
+
+
+def rank_correlation(a: list[float], b: list[float]) -> float | None:
+    """Spearman's rho, ties averaged; None when one side is constant."""
+    ranks = lambda v: [sum(y < x for y in v) + (sum(y == x for y in v) - 1) / 2 for x in v]
+    try:
+        return round(statistics.correlation(ranks(a), ranks(b)), 3)
+    except statistics.StatisticsError:
+        return None
+
+
+def environment(device: torch.device, seconds: float) -> dict:
+    """Where and when the numbers come from."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {
+        "commit": git.stdout.strip() or None, "argv": sys.argv, "python": platform.python_version(), "torch": torch.__version__,
+        "device": name, "seconds": round(seconds, 1), "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+def write_aside(path: Path, write) -> None:
+    """write(temporary path), then move it into place: a reader never sees half a file."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
+    write(aside)
+    os.replace(aside, path)
+
+
+def save_json(path: Path, content: dict) -> None:
+    write_aside(path, lambda aside: aside.write_text(json.dumps(content, allow_nan=False) + "\n"))
+
+
+def prepare_out(out: Path) -> None:
+    """Make the folder and see that it can be written, before anything is trained."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_aside(out / "writable", lambda aside: aside.touch())
+        (out / "writable").unlink()
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
+
+
+def read_metrics(out: Path) -> dict:
+    try:
+        return json.loads((out / "metrics.json").read_text())
+    except (OSError, ValueError):
+        raise UsageError(f"--replot: no readable metrics.json in {out}; train first, or give its folder with --out") from None

@@ -1,0 +1,416 @@
+"""What is learnt: worlds of images, in-context sequences over them, and the exact levels a learner can reach.
+
+A sequence asks one factor (say wall hue) and one mapping, a permutation of that factor's values to labels. It holds n
+images, each followed by its label. The learner has to find out from the pairs so far which factor and which mapping.
+`difficulty` m is the number of mappings in play: 1 = always the same one, inf = a fresh one in every sequence.
+
+Every random choice is a hash of (seed, stream, sequence number, place). So a sequence is a pure function of its number:
+no generator state, the same sequences on CPU and GPU, and a run's data do not depend on which runs share the program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from torch.nn import functional as F
+
+FACTORS = ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation")
+SIZES = (10, 10, 10, 8, 4, 15)  # the paper's; image index = mixed radix in this order, orientation fastest
+N_IMAGES = math.prod(SIZES)  # 480,000
+INFINITE = 2**53  # as many mappings as a double can count: no mapping is met twice
+HELD_OUT = 2**50  # held-out sequences are numbered from here on, training sequences from 0
+
+
+
+class UsageError(ValueError):
+    """Input that cannot be served; the message names the flag and the cure. Scripts print it and exit with code 2."""
+
+
+# streams of random numbers: which choice of a sequence a hash is for
+ASKED, MAPPING, PERMUTATION, IMAGES, SHUFFLE = range(5)
+
+
+# ---------------------------------------------------------------------------------------------- random numbers
+
+
+def random_bits(*key) -> torch.Tensor:
+    """63-bit hash of integers and integer tensors that broadcast together (SplitMix64 finaliser, folded over the key)."""
+    h = torch.zeros((), dtype=torch.int64)
+    for part in key:
+        part = torch.as_tensor(part)
+        h = (h.to(part.device) ^ part) + -7046029254386353131  # the golden-ratio increment; int64 wraps
+        h = (h ^ (h >> 30 & (1 << 34) - 1)) * -4658895280553007687
+        h = (h ^ (h >> 27 & (1 << 37) - 1)) * -7723592293110705685
+        h = h ^ (h >> 31 & (1 << 33) - 1)
+    return h & (1 << 63) - 1
+
+
+def random_int(high, *key) -> torch.Tensor:
+    """Uniform integers in 0 .. high-1; high may be a tensor."""
+    return ((random_bits(*key) >> 10).double() * 2.0**-53 * torch.as_tensor(high).to(torch.float64)).long()
+
+
+def distinct(pool: int, n: int, *key) -> torch.Tensor:
+    """n uniform integers below pool, all different where pool >= n: key tensors (...) -> (..., n)."""
+    place = lambda count: torch.arange(count, device=key[-1].device)
+    key = [part[..., None] if torch.is_tensor(part) else part for part in key]
+    if pool < 8 * n:  # small pool: shuffle it, several times over if a sequence is longer than the pool
+        rounds = torch.stack([random_bits(*key, round_, place(pool)).argsort(-1) for round_ in range(-(-n // pool))], -2)
+        return rounds.flatten(-2)[..., :n]
+    draw = random_int(pool, *key, place(2 * n + 8))  # large pool: draw too many, keep the first n different ones
+    value, order = draw.sort(dim=-1, stable=True)
+    repeated = F.pad(value[..., 1:] == value[..., :-1], (1, 0))
+    late = torch.zeros_like(repeated).scatter(-1, order, repeated)
+    return draw.gather(-1, late.long().argsort(dim=-1, stable=True)[..., :n])
+
+
+def sequence_numbers(seed: torch.Tensor, step: int, batch: int, finite: int = 0) -> torch.Tensor:
+    """Numbers (r, batch) of the sequences of a training step.
+
+    finite = 0: every step has new sequences. Otherwise the authors' setting: `finite` sequences, a new order each epoch,
+    finite // batch steps an epoch (their last, smaller batch is left out).
+    """
+    place = torch.arange(batch, device=seed.device)
+    if not finite:
+        return (step * batch + place).expand(len(seed), batch)
+    epoch, at = divmod(step, finite // batch)
+    order = random_bits(seed[:, None], SHUFFLE, epoch, torch.arange(finite, device=seed.device)).argsort(-1)
+    return order[:, at * batch + place]
+
+
+# ---------------------------------------------------------------------------------------------- the image world
+
+
+@dataclass
+class Sequences:
+    """image (r, b, n) numbers, x (r, b, n, d), label (r, b, n), values (r, b, n, 6), asked (r, b) index into world.asked."""
+
+    image: torch.Tensor
+    x: torch.Tensor
+    label: torch.Tensor
+    values: torch.Tensor
+    asked: torch.Tensor
+
+
+@dataclass
+class Shapes:
+    """A 3D-Shapes look-alike: images are points of a grid of factors. Build it with `shapes(...)`."""
+
+    sizes: tuple[int, ...]  # values per factor, 1 = constant
+    asked: list[int]  # factors that a sequence may ask for
+    values: torch.Tensor  # (image, 6) value of each factor, 0 .. size-1
+    full: torch.Tensor  # (image, 6) the same as values of the full world, 0 .. SIZES-1
+    table: torch.Tensor  # (image, d) embedding
+    train: torch.Tensor  # image numbers used in training
+    test: torch.Tensor  # held-out image numbers
+    n_label: int = field(init=False)
+
+    def __post_init__(self):
+        self.n_label = max(self.sizes[f] for f in self.asked)
+        self.varying = [f for f, size in enumerate(self.sizes) if size > 1]
+        self.asked_sizes = torch.tensor([self.sizes[f] for f in self.asked], device=self.values.device)
+
+    def permutation(self, seed, mapping, asked) -> torch.Tensor:
+        """Label of each value under a mapping: seed (r, ...), mapping, asked (broadcast) -> (..., n_label)."""
+        size = self.asked_sizes[asked][..., None]
+        value = torch.arange(self.n_label, device=size.device)
+        key = random_bits(seed[..., None], PERMUTATION, mapping[..., None], asked[..., None], value)
+        return key.masked_fill(value >= size, (1 << 63) - 1).argsort(-1)
+
+    def sample(self, seed, m, number, n: int, held_out: bool = False) -> Sequences:
+        """The sequences with these numbers. seed (r,), m (r,) mappings in play, number (r, b)."""
+        seed, pool = seed[:, None], self.test if held_out else self.train
+        asked = random_int(len(self.asked), seed, ASKED, number)
+        mapping = random_int(m[:, None], seed, MAPPING, number)
+        image = pool[distinct(len(pool), n, seed, IMAGES, number)]
+        values = self.values[image]
+        column = torch.tensor(self.asked, device=image.device)[asked]
+        value = values.gather(-1, repeat(column, "r b -> r b n 1", n=n))[..., 0]
+        label = self.permutation(seed, mapping, asked).gather(-1, value)
+        return Sequences(image, self.table[image], label, values, asked)
+
+
+def parse_difficulty(text: str) -> float:
+    """'10' -> 10.0, 'inf' -> inf."""
+    try:
+        m = float(text)
+    except ValueError:
+        m = 0.0
+    if not (m == math.inf or (1 <= m < INFINITE and m == int(m))):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of mappings: give whole numbers from 1 up, or inf")
+    return m
+
+
+def mappings(difficulty: list[float], device) -> torch.Tensor:
+    """Difficulties as a tensor of numbers of mappings (r,)."""
+    return torch.tensor([INFINITE if m == math.inf else int(m) for m in difficulty], device=device)
+
+
+
+# ---------------------------------------------------------------------------------------------- images and embeddings
+
+
+def render() -> np.ndarray:
+    """Shaded masks (480, 3, 16, 16) of floor, walls and object for every (scale, shape, orientation).
+
+    A camera looks into a room, the object stands in its middle, both turn together from -30 to 30 degrees. Shading does
+    not depend on hue, so any of the 480,000 images is masks x hues. Rays are cast at 64 x 64 and averaged to 16 x 16.
+    """
+    side, eye, target, light = 64, np.array([0.0, -4.6, 2.4]), np.array([0.0, 0.0, 0.75]), np.array([-0.55, -0.6, 0.7])
+    forward = (target - eye) / np.linalg.norm(target - eye)
+    right = np.cross(forward, [0, 0, 1]) / np.linalg.norm(np.cross(forward, [0, 0, 1]))
+    screen = (np.arange(side) + 0.5) / side * 2 - 1
+    u, v = np.meshgrid(screen, -screen)
+    ray = forward + 0.46 * (u[..., None] * right + v[..., None] * np.cross(right, forward))
+    turn = np.radians(np.linspace(-30, 30, SIZES[5]))
+    to_room = np.stack([[np.cos(turn), np.sin(turn), 0 * turn], [-np.sin(turn), np.cos(turn), 0 * turn], [0 * turn, 0 * turn, 1 + 0 * turn]])
+    to_room = rearrange(to_room, "i j o -> o i j")  # orientation o: world -> room coordinates, where room and object stay put
+    o, d = to_room @ eye, np.einsum("oij,yxj->oyxi", to_room, ray)
+    o, light = o[:, None, None], (to_room @ (light / np.linalg.norm(light)))[:, None, None]
+    shade = lambda normal: 0.35 + 0.65 * np.clip((normal * light).sum(-1), 0, None)
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        floor = np.where(d[..., 2] < 0, -o[..., 2] / d[..., 2], np.inf)
+        reach = (3.4 * np.sign(d[..., :2]) - o[..., :2]) / d[..., :2]  # two walls each way, 3.4 from the middle
+        wall, axis = reach.min(-1), reach.argmin(-1)
+        wall_normal = np.eye(3)[axis] * -np.sign(np.take_along_axis(d, axis[..., None], -1))
+        room = np.stack([np.where(floor < wall, shade(np.array([0.0, 0, 1])), 0), np.where(floor < wall, 0, shade(wall_normal))], -1)
+        masks = []
+        for scale in np.linspace(0.55, 1.25, SIZES[3]):
+            for cast in (cast_cube, cast_cylinder, cast_sphere, cast_capsule):
+                t, normal = cast(o - [0, 0, scale], d, scale)  # objects stand on the floor, 2 x scale high
+                hit = np.isfinite(t)
+                normal = normal / np.linalg.norm(normal, axis=-1, keepdims=True)
+                masks.append(np.concatenate([np.where(hit[..., None], 0, room), np.where(hit, shade(normal), 0)[..., None]], -1))
+    masks = np.stack(masks)  # (scale shape, orientation, y, x, surface)
+    return rearrange(masks, "g o (y s) (x t) c -> (g o) c y x (s t)", s=4, t=4).mean(-1).astype(np.float32)
+
+
+def nearest(t: np.ndarray, normal: np.ndarray, valid: np.ndarray):
+    """The closest valid hit of several: t (c, ...), normal (c, ..., 3) -> t (...), inf where the ray misses, and its normal."""
+    t = np.where(valid, t, np.inf)
+    best = t.argmin(0)[None]
+    return np.take_along_axis(t, best, 0)[0], np.take_along_axis(normal, best[..., None], 0)[0]
+
+
+def cast_cube(o, d, s):
+    s = 0.85 * s  # about the cylinder's volume; it still stands on the floor, see the shift below
+    o = o + [0, 0, 0.15 / 0.85 * s]
+    t_1, t_2 = (-s - o) / d, (s - o) / d
+    t_in, t_out = np.minimum(t_1, t_2), np.maximum(t_1, t_2).min(-1)
+    axis = t_in.argmax(-1)[..., None]
+    t = np.take_along_axis(t_in, axis, -1)[..., 0]
+    normal = np.eye(3)[axis[..., 0]] * -np.sign(np.take_along_axis(d, axis, -1))
+    return np.where(t < t_out, t, np.inf), normal
+
+
+def cast_round(o, d, centre, radius, dims):
+    """First hit of a sphere (dims = 3) or of an endless upright cylinder (dims = 2), with its normal."""
+    p, q = (o - centre)[..., :dims], d[..., :dims]
+    a, b, c = (q * q).sum(-1), (p * q).sum(-1), (p * p).sum(-1) - radius**2
+    t = (-b - np.sqrt(b * b - a * c)) / a  # not a number where the ray misses
+    point = o + t[..., None] * d
+    normal = (point - centre) * ([1, 1, 1] if dims == 3 else [1, 1, 0])
+    return t, normal, point
+
+
+def cast_sphere(o, d, s):
+    t, normal, _ = cast_round(o, d, np.zeros(3), s, 3)
+    return np.where(np.isnan(t), np.inf, t), normal
+
+
+def cast_cylinder(o, d, s):
+    radius = 0.8 * s
+    t, normal, point = cast_round(o, d, np.zeros(3), radius, 2)
+    top = (s - o[..., 2]) / d[..., 2]
+    on_top = ((o + top[..., None] * d)[..., :2] ** 2).sum(-1) < radius**2
+    up = np.broadcast_to(np.array([0.0, 0, 1]), normal.shape)
+    return nearest(np.stack([t, top]), np.stack([normal, up]), np.stack([np.abs(point[..., 2]) < s, on_top]))
+
+
+def cast_capsule(o, d, s):
+    radius = 0.55 * s
+    half = s - radius
+    side = cast_round(o, d, np.zeros(3), radius, 2)
+    caps = [cast_round(o, d, np.array([0, 0, z]), radius, 3) for z in (-half, half)]
+    t, normal, point = (np.stack(a) for a in zip(side, *caps))
+    return nearest(t, normal, np.stack([np.abs(point[0, ..., 2]) < half, ~np.isnan(t[1]), ~np.isnan(t[2])]))
+
+
+def hue_colours() -> np.ndarray:
+    """RGB (10, 3) of ten saturated hues around the circle."""
+    phase = (np.arange(10)[:, None] / 10 * 6 + np.array([0, 4, 2])) % 6
+    return np.clip(np.abs(phase - 3) - 1, 0, 1).astype(np.float32)
+
+
+def image(values: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Images (..., 3, 16, 16) in 0 .. 1 of full-size factor values (..., 6); masks from render()."""
+    geometry = (values[..., 3] * SIZES[4] + values[..., 4]) * SIZES[5] + values[..., 5]
+    return np.einsum("...syx,...sc->...cyx", masks[geometry], hue_colours()[values[..., :3]])
+
+def code(values: np.ndarray, sizes: tuple[int, ...], width: int, gain: float) -> np.ndarray:
+    """A fixed random two-layer tanh network of the factor values: (image, 6) -> (image, width).
+
+    gain is the entanglement: near 0 the code is linear in the one-hot values, a large one folds the factors into each other.
+    """
+    rng = np.random.default_rng(0)
+    varying = [f for f, size in enumerate(sizes) if size > 1]
+    one_hot = np.concatenate([np.eye(sizes[f])[values[:, f]] for f in varying], 1)
+    h = np.tanh(gain * one_hot @ rng.normal(size=(one_hot.shape[1], width)) / len(varying) ** 0.5)
+    return np.tanh(gain * h @ rng.normal(size=(width, width)) / width**0.5)
+
+
+def vae(masks: np.ndarray, values: np.ndarray, latent: int = 64, steps: int = 3000, beta: float = 0.1) -> np.ndarray:
+    """Latent means (image, latent) of a small VAE trained here, without labels, on random images of the full world."""
+    torch.manual_seed(0)
+    mlp = lambda *d: torch.nn.Sequential(torch.nn.Linear(d[0], d[1]), torch.nn.ReLU(), torch.nn.Linear(d[1], d[2]))
+    encoder, decoder = mlp(768, 512, 2 * latent), mlp(latent, 512, 768)
+    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=1e-3)
+    rng = np.random.default_rng(0)
+    pixels = lambda v: torch.from_numpy(image(v, masks)).flatten(1)
+    for step in range(steps):
+        x = pixels(rng.integers(SIZES, size=(256, 6)))
+        mean, log_var = encoder(x).chunk(2, -1)
+        out = decoder(mean + torch.randn_like(mean) * (log_var / 2).exp())
+        kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum(-1)
+        loss = (100 * (out - x).square().sum(-1) + beta * kl).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 500 == 0:
+            print(f"vae: step {step}/{steps}, loss {loss.item():.1f}", flush=True)
+    with torch.no_grad():
+        return np.concatenate([encoder(pixels(v))[:, :latent].numpy() for v in np.array_split(values, -(-len(values) // 8192))])
+
+
+def load_embedding(path: str) -> np.ndarray:
+    """The paper's file layout: an .npz whose key `repre` is (480000, any). Raises UsageError."""
+    try:
+        with np.load(path) as file:
+            table = file["repre"]
+    except KeyError:
+        raise UsageError(f"--embedding {path}: no array named 'repre' in it") from None
+    except Exception:
+        raise UsageError(f"--embedding {path}: not a readable .npz file (or give pixels, code or vae)") from None
+    if table.ndim != 2 or len(table) != N_IMAGES:
+        raise UsageError(f"--embedding {path}: 'repre' has shape {table.shape}, it must be ({N_IMAGES}, any)")
+    if table.dtype.kind != "f" or not np.isfinite(table).all():
+        raise UsageError(f"--embedding {path}: 'repre' must hold finite floating-point numbers, found {table.dtype} or NaN/inf")
+    return table
+
+
+def shapes(factors=SIZES, ask=(), embedding="code", code_width=32, code_gain=2.0, device="cpu", cache="out/cache") -> Shapes:
+    """Build the image world. factors: values per factor; ask: names of the factors that may be asked (default: all that vary).
+
+    Raises UsageError, naming the flag, for counts, names or files that cannot be served.
+    """
+    factors = tuple(factors)
+    if len(factors) != 6 or any(not 1 <= n <= size for n, size in zip(factors, SIZES)):
+        raise UsageError(f"--factors: give six counts, each from 1 to {' '.join(map(str, SIZES))} ({', '.join(FACTORS)})")
+    asked = [FACTORS.index(name) for name in ask] or [f for f, n in enumerate(factors) if n > 1]
+    if not asked or any(factors[f] == 1 for f in asked):
+        raise UsageError("--ask: a factor with one value (--factors) cannot be asked; give it at least two")
+    grid = np.stack(np.meshgrid(*[np.arange(n) for n in factors], indexing="ij"), -1).reshape(-1, 6)
+    # evenly spread values of the full world: hues lie on a circle, the others on a line
+    spread = [np.arange(n) * s // n if f < 3 else np.linspace(0, s - 1, n).round() for f, (n, s) in enumerate(zip(factors, SIZES))]
+    full = np.stack([np.asarray(spread[f], int)[grid[:, f]] for f in range(6)], -1)
+    if embedding == "code":
+        table = code(grid, factors, code_width, code_gain)
+    elif embedding == "pixels":
+        table = image(full, render()).reshape(-1, 768)
+    elif embedding == "vae":
+        masks = render()
+        name = hashlib.sha256(masks.tobytes() + repr((factors, vae.__defaults__, torch.__version__)).encode()).hexdigest()[:16]
+        file = Path(cache) / f"vae-{name}.npy"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            aside = file.with_suffix(f".{os.getpid()}.npy")
+            np.save(aside, vae(masks, full))
+            os.replace(aside, file)
+        table = np.load(file)
+    else:
+        table = load_embedding(embedding)[np.ravel_multi_index(full.T, SIZES)]
+    if embedding in ("code", "pixels", "vae"):
+        table = (table - table.mean(0)) / (table.std(0) + 1e-6)
+    order = np.random.default_rng(0).permutation(len(grid))
+    cut = round(0.8 * len(grid))
+    to = lambda a: torch.as_tensor(a, device=device)
+    return Shapes(factors, asked, to(grid), to(full), to(table).float(), to(order[:cut]), to(order[cut:]))
+
+
+# ---------------------------------------------------------------------------------------------- reference levels
+
+
+def bayes(values, label, sizes: list[int], tables=None) -> torch.Tensor:
+    """The exact Bayes prediction of every label from the pairs before it: (b, n, n_label) probabilities.
+
+    values (b, n, f) of the factors that may be asked, label (b, n), sizes (f,). The asked factor is uniform, and so is the
+    mapping: over all permutations (tables=None), or over the m given ones, tables (m, f, value) -> label.
+    """
+    b, n, f = values.shape
+    n_label = max(sizes)
+    out = torch.zeros(b, n, n_label, dtype=torch.float64, device=values.device)
+    if tables is None:
+        exists = torch.arange(n_label, device=values.device) < torch.tensor(sizes, device=values.device)[:, None]
+        weight = torch.full((b, f), 1 / f, dtype=torch.float64, device=values.device)  # posterior of the asked factor
+        known = torch.full((b, f, n_label), -1, device=values.device)  # label of each value seen so far
+        free = exists.expand(b, -1, -1).clone()  # labels not yet given to a value
+        for j in range(n):
+            value = values[:, j, :, None]
+            seen = known.gather(-1, value)
+            guess = free / free.sum(-1, keepdim=True).clamp(min=1)
+            p = torch.where(seen >= 0, F.one_hot(seen[..., 0].clamp(min=0), n_label).double(), guess.double())
+            out[:, j] = torch.einsum("bf,bfc->bc", weight, p)
+            y = label[:, j, None, None].expand(b, f, 1)
+            weight = weight * p.gather(-1, y)[..., 0]  # the evidence a pair gives is how well it was predicted
+            weight = weight / weight.sum(-1, keepdim=True)
+            known.scatter_(-1, value, y)
+            free.scatter_(-1, y, False)
+        return out
+    alive = torch.ones(b, len(tables), f, dtype=torch.bool, device=values.device)
+    for j in range(n):
+        guess = torch.stack([tables[:, i][:, values[:, j, i]].T for i in range(f)], -1)  # (b, m, f)
+        out[:, j].scatter_add_(-1, guess.flatten(1), alive.flatten(1).double())
+        alive &= guess == label[:, j, None, None]
+    return out / out.sum(-1, keepdim=True)
+
+
+def references(world: Shapes, seed: int, difficulty: float, n: int, sequences: int = 1024) -> dict:
+    """Levels for one run: losses in nats, accuracies as fractions; all computed from the world and the run's mappings.
+
+    chance, no_context_loss: the best prediction from x alone. label_set_loss: knowing only which labels can occur.
+    bayes_*: the best prediction from x and the pairs before it, on held-out sequences.
+    """
+    device, sizes = world.values.device, [world.sizes[f] for f in world.asked]
+    seeds, asked = torch.tensor([seed], device=device), torch.arange(len(sizes), device=device)
+    tables = None
+    uniform = torch.stack([(torch.arange(max(sizes), device=device) < s).double() / s for s in sizes])
+    per_value = repeat(uniform, "f c -> f v c", v=max(sizes))  # P(label | factor, value)
+    if difficulty != math.inf:
+        tables = world.permutation(seeds, torch.arange(int(difficulty), device=device)[:, None], asked)
+        per_value = F.one_hot(tables, max(sizes)).double().mean(0)
+    values = world.values[:, world.asked]
+    if len(values) > 20_000:
+        values = values[torch.randperm(len(values), generator=torch.Generator().manual_seed(0))[:20_000].to(device)]
+    prior = torch.stack([per_value[i][values[:, i]] for i in range(len(sizes))]).mean(0)
+    number = HELD_OUT + torch.arange(sequences, device=device)[None]
+    batch = world.sample(seeds, mappings([difficulty], device), number, n, held_out=True)
+    chunk = max(1, int(2e7 / (1 if tables is None else tables.numel())))
+    parts = zip(batch.values[0][..., world.asked].split(chunk), batch.label[0].split(chunk))
+    p = torch.cat([bayes(v, y, sizes, tables) for v, y in parts])
+    return {
+        "chance": prior.max(-1).values.mean().item(),
+        "no_context_loss": torch.special.entr(prior).sum(-1).mean().item(),
+        "label_set_loss": float(np.log(sizes).mean()),
+        "bayes_loss": -p.gather(-1, batch.label[0][..., None]).log().mean().item(),
+        "bayes_accuracy": p.max(-1).values.mean().item(),
+        "bayes_accuracy_by_position": p.max(-1).values.mean(0).tolist(),
+    }
