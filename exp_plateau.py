@@ -10,7 +10,6 @@ Runs = difficulties x learning rates x seeds, all trained in one program. Writes
 import argparse
 import math
 import sys
-import time
 from pathlib import Path
 
 import matplotlib
@@ -37,7 +36,9 @@ FREE = ("resume", "replot", "max_minutes", "out", "device")  # flags that may di
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(usage="%(prog)s [flags], explained by -h", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags], explained by -h", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     run = parser.add_argument_group("run")
     run.add_argument("--seeds", type=int, default=3, help="runs per arm, seeds 0 .. n-1 (default 3)")
     run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
@@ -93,16 +94,15 @@ def train(args: argparse.Namespace, out: Path) -> None:
     if not args.no_compile:
         compile_blocks(model)
 
-    saved = time.perf_counter()
+    stop = False
     for step in range(first, args.steps + 1):
         if record.due(step):
             record.measure(model, step)
             print(record.line(), flush=True)
-        late = time.perf_counter() - record.began > 60 * args.max_minutes
-        if late or step == args.steps or time.perf_counter() - saved > 60:
-            record.save_checkpoint(out / "checkpoint.pt", settings, step, model, optimizer)
-            saved = time.perf_counter()
-        if late or step == args.steps:
+            stop = step > first and record.minutes() > args.max_minutes
+            if stop or step == args.steps or record.unsaved_minutes() > 1:
+                record.save_checkpoint(out / "checkpoint.pt", settings, step, model, optimizer)
+        if stop or step == args.steps:
             break
         batch = world.sample(seed, m, sequence_numbers(seed, step, args.batch, args.sequences), args.pairs)
         with autocast(device, args.precision):
@@ -141,9 +141,13 @@ def report(metrics: dict) -> None:
     for row in metrics["summary"]:
         lengths = " ".join("never" if v is None else str(v) for v in row["plateau_lengths"])
         changes = " ".join(f"{v:+.3f}" for v in row["weights_score_changes"])
-        print(f"m = {row['difficulty']}, lr {row['lr']:g}: plateau {lengths} (median {row['plateau_length_median']:g}); weights score {changes}")
+        print(
+            f"m = {row['difficulty']}, lr {row['lr']:g}: plateau {lengths} (median {row['plateau_length_median']:g}); weights score {changes}"
+        )
     relation = metrics["weights_score_change_against_plateau_length"]
-    print(f"rank correlation of weights score change and plateau length: {relation['rho']} over {relation['n']} runs at lr {metrics['best_lr']:g}")
+    print(
+        f"rank correlation of weights score change and plateau length: {relation['rho']} over {relation['n']} runs at lr {metrics['best_lr']:g}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- the picture
@@ -179,7 +183,9 @@ def plot(metrics: dict, path: Path) -> None:
     a.text(budget, 1.005, "best without context", ha="right", va="bottom", fontsize=8)
     a.text(budget, probes.ESCAPE + 0.005, "below: plateau is over", ha="right", va="bottom", fontsize=8)
     a.text(budget, 0.01, "dashed: exact Bayes level", ha="right", va="bottom", fontsize=8)
-    a.set(title="(a) Training stalls, then jumps", xlabel="step", ylabel="held-out loss / best loss without context", ylim=(0, 1.15), xlim=0)
+    a.set(
+        title="(a) Training stalls, then jumps", xlabel="step", ylabel="held-out loss / best loss without context", ylim=(0, 1.15), xlim=0
+    )
 
     curves(b, runs, colours, "probe_steps", score("weights_score"))
     b.axhline(start, color="black", ls="--", lw=1)
@@ -220,15 +226,20 @@ def plot(metrics: dict, path: Path) -> None:
     e.text(0.02, 0.97, "\u25b3 = still on the plateau at the end", transform=e.transAxes, va="top", fontsize=8)
 
     shown, masks = metrics["example"], render()
-    strip = [image(np.array(v), masks).transpose(1, 2, 0) for v in shown["values"][:8]]
-    f.imshow(np.concatenate([np.concatenate([np.pad(i, ((0, 8), (1, 1), (0, 0)), constant_values=1) for i in row], 1) for row in (strip[:4], strip[4:])]).clip(0, 1))
-    for i, label in enumerate(shown["label"][: len(strip)]):
-        f.text(18 * (i % 4) + 8.5, 24 * (i // 4) + 19.5, f"label {label}", ha="center", va="center", fontsize=10)
+    for i, (values, label) in enumerate(list(zip(shown["values"], shown["label"]))[:8]):
+        x, y = 18 * (i % 4), -24 * (i // 4)
+        f.imshow(image(np.array(values), masks).transpose(1, 2, 0).clip(0, 1), extent=(x, x + 16, y, y + 16))
+        f.text(x + 8, y - 3.5, f"label {label}", ha="center", va="center", fontsize=10)
+    f.set(xlim=(-1, 71), ylim=(-31, 17))
     f.set_title(f"(f) A sequence; it asks for {shown['asked'].replace('_', ' ')}, which nobody says")
     f.axis("off")
 
     if several:
-        for ax, key, text in zip(axes[2], ("plateau_length", "weights", "spread"), ("plateau length (steps)", "weights score, end minus start", "spread at the end")):
+        for ax, key, text in zip(
+            axes[2],
+            ("plateau_length", "weights", "spread"),
+            ("plateau length (steps)", "weights score, end minus start", "spread at the end"),
+        ):
             value = {"plateau_length": lambda r: budget if r["censored"] else r["plateau_length"], "spread": lambda r: r["spread"][-1][block],
                      "weights": lambda r: (r["final_weights_score"] or math.nan) - r["initial_weights_score"]}[key]  # fmt: skip
             for m, colour in colours.items():
@@ -236,7 +247,9 @@ def plot(metrics: dict, path: Path) -> None:
                 ax.plot(args["lr"], points, ".", color=colour, alpha=0.6)
                 ax.plot(args["lr"], np.median(points, 1), color=colour, lw=2)
             ax.axvline(lr, color="black", ls=":", lw=1)
-            ax.set(xscale="log", yscale="log" if key == "spread" else "linear", xlabel="learning rate (dotted: best of the sweep)", ylabel=text)
+            ax.set(
+                xscale="log", yscale="log" if key == "spread" else "linear", xlabel="learning rate (dotted: best of the sweep)", ylabel=text
+            )
     probes.write_aside(path, lambda aside: figure.savefig(aside, dpi=110))
     plt.close(figure)
 

@@ -183,7 +183,8 @@ class Adam:
         grads = [p.grad for p in self.params]
         if self.clips:
             norm = sum(g.square().sum((1, 2), keepdim=True) for g in grads).sqrt()
-            torch._foreach_mul_(grads, (self.clip / norm).clamp(max=1.0))
+            for g in grads:
+                g.mul_((self.clip / norm).clamp(max=1.0))
         self.count += 1
         for p, g, mean, square in zip(self.params, grads, self.mean, self.square):
             adam_update(p, g, mean, square, self.count, self.lr, self.eps, self.weight_decay, *self.betas)

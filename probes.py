@@ -55,8 +55,8 @@ def evaluate(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def read_accuracy(logits: torch.Tensor, absent: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Accuracy (g,), averaged over targets: logits (g, i, f*v), absent (f, v) values that do not exist, target (g, i, f)."""
-    logits = rearrange(logits, "g i (f v) -> g i f v", f=len(absent)).masked_fill(absent, -math.inf)
+    """Accuracy (g,), averaged over targets: logits (g, f*v, i), absent (f, v) values that do not exist, target (g, i, f)."""
+    logits = rearrange(logits, "g (f v) i -> g i f v", f=len(absent)).masked_fill(absent, -math.inf)
     return (logits.argmax(-1) == target).float().mean((1, 2))
 
 
@@ -75,19 +75,22 @@ def linear_probe(train, target, test, test_target, sizes: list[int]) -> torch.Te
     generator = torch.Generator().manual_seed(0)
     absent = absent_values(sizes, train.device)
     bound = lambda *shape: ((torch.rand(*shape, generator=generator) * 2 - 1) * d**-0.5).to(train.device).repeat(groups, 1, 1)
-    params = [bound(1, d, absent.numel()), bound(1, 1, absent.numel())]  # nn.Linear's default, the same for every group
-    one_hot = F.one_hot(target.expand(groups, -1, -1), absent.shape[1]).to(train.dtype)
-    picks = torch.randint(items, (PROBE_STEPS, min(PROBE_BATCH, items)), generator=generator).to(train.device)
+    params = [bound(1, absent.numel(), d), bound(1, absent.numel(), 1)]  # nn.Linear's default, the same for every group
+    one_hot = F.one_hot(target if target.dim() == 3 else target[None], absent.shape[1]).to(train.dtype)
+    order, batch = torch.randperm(items, generator=generator).to(train.device), min(PROBE_BATCH, items)
+    train, one_hot = train[:, order], rearrange(one_hot[:, order], "g i f v -> g (f v) i")
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in params]
-    for t, pick in enumerate(picks, start=1):
-        x = train[:, pick]
-        logits = rearrange(x @ params[0] + params[1], "g i (f v) -> g i f v", f=len(sizes)).masked_fill(absent, -math.inf)
-        error = rearrange((logits.softmax(-1) - one_hot[:, pick]) / len(pick), "g i f v -> g i (f v)")
-        for p, g, (mean, square) in zip(params, (x.mT @ error, error.sum(1, keepdim=True)), moments):
+    for t in range(1, PROBE_STEPS + 1):
+        at = t * batch % (items - batch + 1)  # a window that wanders over the shuffled images
+        x = train[:, at : at + batch]
+        logits = torch.baddbmm(params[1], params[0], x.mT).masked_fill_(absent.view(1, -1, 1), -math.inf)
+        p_value = rearrange(logits, "g (f v) i -> g f v i", f=len(sizes)).softmax(2)  # images innermost: fast on a CPU
+        error = (rearrange(p_value, "g f v i -> g (f v) i") - one_hot[..., at : at + batch]) / batch
+        for p, g, (mean, square) in zip(params, (error @ x, error.sum(2, keepdim=True)), moments):
             mean.lerp_(g, 0.1)
             square.lerp_(g * g, 0.001)
             p.addcdiv_(mean, (square / (1 - 0.999**t)).sqrt_().add_(1e-8), value=-PROBE_RATE / (1 - 0.9**t))
-    return read_accuracy(test @ params[0] + params[1], absent, test_target)
+    return read_accuracy(params[0] @ test.mT + params[1], absent, test_target)
 
 
 @torch.no_grad()
@@ -98,14 +101,17 @@ def converged_probe(train, target, test, test_target, sizes: list[int], ridge: f
     a, b = (F.pad((s - mean) / std, (0, 1), value=1.0).double() for s in (train, test))
     y = rearrange(F.one_hot(target.expand(len(a), -1, -1), absent.shape[1]).double(), "g i f v -> g i (f v)")
     gram = a.mT @ a + ridge * a.shape[1] * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    return read_accuracy(b @ torch.linalg.solve(gram, a.mT @ y), absent, test_target)
+    return read_accuracy((b @ torch.linalg.solve(gram, a.mT @ y)).mT, absent, test_target)
 
 
 @torch.no_grad()
 def states(model, x: torch.Tensor, y: torch.Tensor | None = None, mixing: str = "attention") -> torch.Tensor:
     """States at the x positions after every block: x (r, b, n, d) -> (r, k, b, n, d_model), finite."""
     with torch.compiler.set_stance("force_eager"):
-        parts = [model(*part, mixing=mixing, hidden=True)[1] for part in zip(x.split(512, 1), y.split(512, 1) if y is not None else [None] * len(x[0]))]
+        parts = [
+            model(*part, mixing=mixing, hidden=True)[1]
+            for part in zip(x.split(512, 1), y.split(512, 1) if y is not None else [None] * len(x[0]))
+        ]
     per_part = [torch.stack([model.at_x(h, with_labels=y is not None) for h in part], 1) for part in parts]
     return torch.cat(per_part, 2).nan_to_num()
 
@@ -113,7 +119,7 @@ def states(model, x: torch.Tensor, y: torch.Tensor | None = None, mixing: str = 
 class Prober:
     """Everything that is probed, on images and sequences drawn once: call it for a dict of scores (r, k)."""
 
-    def __init__(self, world, seed, m, n: int, images: int = 4096, sequences: int = 512):
+    def __init__(self, world, seed, m, n: int, images: int = 4096, sequences: int = 256):
         generator = torch.Generator().manual_seed(0)
         draw = lambda pool, count: pool[torch.randperm(len(pool), generator=generator)[:count].to(pool.device)]
         image = [draw(world.train, images), draw(world.test, images // 4)]
@@ -173,7 +179,8 @@ class Record:
     """
 
     def __init__(self, runs: list[dict], world, model, n: int, budget: int, evaluations: int, probings: int, sequences: int = 64):
-        self.runs, self.budget, self.began, self.first = runs, budget, time.perf_counter(), None
+        self.runs, self.budget, self.first = runs, budget, None
+        self.began = self.saved = time.perf_counter()
         self.due_steps = sorted({round(i * budget / evaluations) for i in range(evaluations + 1)})
         self.due_probes = set(self.due_steps[:: max(1, evaluations // probings)]) | {budget}
         device = world.values.device
@@ -225,6 +232,12 @@ class Record:
         left = f"{pace * 1000:.0f} ms/step, {(self.budget - step) * pace / 60:.1f} min left" if done else "loss, accuracy, weights score"
         return f"{step:6d}/{self.budget} {step / self.budget:4.0%} | " + " | ".join(parts) + f" | {left}"
 
+    def minutes(self) -> float:
+        return (time.perf_counter() - self.began) / 60
+
+    def unsaved_minutes(self) -> float:
+        return (time.perf_counter() - self.saved) / 60
+
     # what a checkpoint keeps, beside the model and its optimizer
     kept = ("steps", "loss", "accuracy", "probe_steps", "scores", "by_position", "fresh_accuracy")
 
@@ -232,6 +245,7 @@ class Record:
         state = {"settings": settings, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
         state["record"] = {key: getattr(self, key) for key in self.kept}
         write_aside(path, lambda aside: torch.save(state, aside))
+        self.saved = time.perf_counter()
 
     def load_checkpoint(self, path: Path, settings: dict, model, optimizer) -> int:
         """Restore everything; returns the step to go on from. UsageError if there is none or it is of other settings."""
@@ -277,7 +291,9 @@ class Record:
                     "0.7": plateau_length(self.steps, losses, 0.7 * free),
                     "zucchet": plateau_length(self.steps, losses, 0.2 * (losses[0] or 0)),
                 },
-                "completion_step": next((s for s, a in zip(self.steps, accuracies) if (a or 0) >= COMPLETE * level["bayes_accuracy"]), None),
+                "completion_step": next(
+                    (s for s, a in zip(self.steps, accuracies) if (a or 0) >= COMPLETE * level["bayes_accuracy"]), None
+                ),
             }
             row["initial_weights_score"] = row["weights_score"][0][self.block]
             row["final_weights_score"] = row["weights_score"][-1][self.block]
@@ -326,7 +342,9 @@ def summarise(runs: list[dict], budget: int, baseline: str = "baseline") -> list
     rows = []
     for group in dict.fromkeys(map(key, runs)):
         mine = [run for run in runs if key(run) == group]
-        change = [round(run["final_weights_score"] - run["initial_weights_score"], 4) for run in mine if run["final_weights_score"] is not None]
+        change = [
+            round(run["final_weights_score"] - run["initial_weights_score"], 4) for run in mine if run["final_weights_score"] is not None
+        ]
         base = {run["seed"]: run for run in runs if key(run) == (baseline, *group[1:])}
         paired = [length(run) - length(base[run["seed"]]) for run in mine if run["seed"] in base and group[0] != baseline]
         final = [run["loss"][-1] if run["loss"][-1] is not None else math.inf for run in mine]

@@ -29,7 +29,6 @@ INFINITE = 2**53  # as many mappings as a double can count: no mapping is met tw
 HELD_OUT = 2**50  # held-out sequences are numbered from here on, training sequences from 0
 
 
-
 class UsageError(ValueError):
     """Input that cannot be served; the message names the flag and the cure. Scripts print it and exit with code 2."""
 
@@ -154,7 +153,6 @@ def mappings(difficulty: list[float], device) -> torch.Tensor:
     return torch.tensor([INFINITE if m == math.inf else int(m) for m in difficulty], device=device)
 
 
-
 # ---------------------------------------------------------------------------------------------- images and embeddings
 
 
@@ -171,7 +169,9 @@ def render() -> np.ndarray:
     u, v = np.meshgrid(screen, -screen)
     ray = forward + 0.46 * (u[..., None] * right + v[..., None] * np.cross(right, forward))
     turn = np.radians(np.linspace(-30, 30, SIZES[5]))
-    to_room = np.stack([[np.cos(turn), np.sin(turn), 0 * turn], [-np.sin(turn), np.cos(turn), 0 * turn], [0 * turn, 0 * turn, 1 + 0 * turn]])
+    to_room = np.stack(
+        [[np.cos(turn), np.sin(turn), 0 * turn], [-np.sin(turn), np.cos(turn), 0 * turn], [0 * turn, 0 * turn, 1 + 0 * turn]]
+    )
     to_room = rearrange(to_room, "i j o -> o i j")  # orientation o: world -> room coordinates, where room and object stay put
     o, d = to_room @ eye, np.einsum("oij,yxj->oyxi", to_room, ray)
     o, light = o[:, None, None], (to_room @ (light / np.linalg.norm(light)))[:, None, None]
@@ -255,6 +255,7 @@ def image(values: np.ndarray, masks: np.ndarray) -> np.ndarray:
     """Images (..., 3, 16, 16) in 0 .. 1 of full-size factor values (..., 6); masks from render()."""
     geometry = (values[..., 3] * SIZES[4] + values[..., 4]) * SIZES[5] + values[..., 5]
     return np.einsum("...syx,...sc->...cyx", masks[geometry], hue_colours()[values[..., :3]])
+
 
 def code(values: np.ndarray, sizes: tuple[int, ...], width: int, gain: float) -> np.ndarray:
     """A fixed random two-layer tanh network of the factor values: (image, 6) -> (image, width).

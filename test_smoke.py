@@ -1,0 +1,458 @@
+"""pytest: the core against independent references, and every script and README command end to end at tiny size."""
+
+import itertools
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import probes
+from model import GPT, Adam, Config, autocast
+from tasks import (
+    ASKED, FACTORS, HELD_OUT, IMAGES, MAPPING, PERMUTATION, SIZES, UsageError, bayes, code, distinct, image, load_embedding,
+    mappings, random_bits, references, render, sequence_numbers, shapes,
+)  # fmt: skip
+
+HERE = Path(__file__).parent
+TINY = dict(d_x=6, d_y=3, n_pair=4, n_layer=2, n_head=2, d_model=8)
+FEW = (4, 3, 2, 1, 2, 3)
+
+
+def tiny_batch(runs: int, seed: int = 0):
+    g = torch.Generator().manual_seed(seed)
+    label = torch.randint(3, (runs, 5, 4), generator=g)
+    return torch.randn(runs, 5, 4, 6, generator=g), F.one_hot(label, 3).float(), label
+
+
+def disturbed(model, seed: int = 0):
+    """Random biases and norms too, so that a term that is left out shows."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=g)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------- model.py
+
+
+def slow_gpt(model, run: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """GPT-2 for one run and one sequence, position by position in float64: x (n, t) words or (n, d), y (n, c) -> (n, c)."""
+    w = {name: p[run].detach().double().numpy() for name, p in model.named_parameters()}
+    linear = lambda v, name: v @ w[name + ".weight"] + w[name + ".bias"][0]
+
+    def norm(v, name):
+        return (v - v.mean()) / np.sqrt(v.var() + 1e-5) * w[name + ".weight"][0] + w[name + ".bias"][0]
+
+    gelu = lambda v: 0.5 * v * (1 + np.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
+    pad = lambda v: np.pad(v, (0, len(w["read_in.weight"]) - len(v)))
+    tokens = []
+    for x_i, y_i in zip(x, y):
+        tokens += [w["words"][i] for i in x_i] if "words" in w else [linear(pad(x_i), "read_in")]
+        tokens.append(linear(pad(y_i), "read_in"))
+    h = [v + w["position"][t] for t, v in enumerate(tokens)]
+    heads, size = model.config.n_head, model.config.d_model // model.config.n_head
+    for k in range(model.config.n_layer):
+        q, key, value = zip(*(np.split(linear(norm(v, f"blocks.{k}.norm_1"), f"blocks.{k}.qkv"), 3) for v in h))
+        for t in range(len(h)):
+            out = []
+            for s in (slice(i * size, (i + 1) * size) for i in range(heads)):
+                score = np.array([q[t][s] @ key[j][s] / math.sqrt(size) for j in range(t + 1)])
+                p = np.exp(score - score.max())
+                out.append(sum(a * value[j][s] for j, a in enumerate(p / p.sum())))
+            h[t] = h[t] + linear(np.concatenate(out), f"blocks.{k}.attention_out")
+            h[t] = h[t] + linear(gelu(linear(norm(h[t], f"blocks.{k}.norm_2"), f"blocks.{k}.mlp_in")), f"blocks.{k}.mlp_out")
+    per_pair = model.config.n_token + 1
+    return np.stack([linear(norm(v, "norm"), "read_out") for v in h[per_pair - 2 :: per_pair]])
+
+
+@pytest.mark.parametrize("words", [False, True])
+def test_gpt_equals_slow_gpt2(words):
+    config = Config(**TINY, n_word=11, n_token=2) if words else Config(**TINY)
+    model = disturbed(GPT(config, [3, 4]))
+    x, y, _ = tiny_batch(2)
+    if words:
+        x = torch.randint(11, (2, 5, 4, 2), generator=torch.Generator().manual_seed(0))
+    got = model(x, y)
+    for run, sequence in itertools.product(range(2), range(2)):
+        want = slow_gpt(model, run, x[run, sequence].numpy(), y[run, sequence].numpy())
+        np.testing.assert_allclose(got[run, sequence].detach(), want, atol=1e-5, rtol=1e-4)
+
+
+def test_attention_is_causal_and_identity_mixes_nothing():
+    model = disturbed(GPT(Config(**TINY), [0]))
+    x, y, _ = tiny_batch(1)
+    other_y, other_x = y.clone(), x.clone()
+    other_y[:, :, 1] = 1 - other_y[:, :, 1]
+    other_x[:, :, 2] += 1  # pair 2, so predictions 0 and 1 may not notice
+    a, b, c = model(x, y), model(x, other_y), model(other_x, y)
+    assert torch.equal(a[:, :, :2], b[:, :, :2]) and torch.equal(a[:, :, :2], c[:, :, :2])
+    assert not torch.allclose(a[:, :, 2:], b[:, :, 2:]) and not torch.allclose(a[:, :, 3], c[:, :, 3])
+    a, c = model(x, y, "identity"), model(other_x, y, "identity")
+    assert torch.equal(a[:, :, 3], c[:, :, 3]) and not torch.allclose(a[:, :, 2], c[:, :, 2])
+
+
+def train_tiny(seeds, rows, rates, steps=5):
+    world = shapes(FEW, code_width=6)
+    seed, m = torch.tensor(seeds), mappings([2.0, 7.0, math.inf], "cpu")[rows]
+    model = GPT(Config(d_x=6, d_y=world.n_label, n_pair=4, n_layer=2, n_head=2, d_model=8), seeds)
+    optimizer = Adam(model, rates)
+    for step in range(steps):
+        batch = world.sample(seed, m, sequence_numbers(seed, step, 8), 4)
+        probes.label_loss(model(batch.x, F.one_hot(batch.label, world.n_label).float()), batch.label).mean((1, 2)).sum().backward()
+        optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+
+def test_a_run_alone_equals_the_run_among_others_bit_for_bit():
+    together = train_tiny([5, 6, 7], [0, 1, 2], [1e-3, 2e-3, 1e-2])
+    alone = train_tiny([6], [1], [2e-3])
+    assert all(torch.equal(a[1], b[0]) for a, b in zip(together, alone))
+    assert not torch.equal(together[0][0], together[0][1])
+    diverging = train_tiny([5, 6, 7], [0, 1, 2], [1e-3, 2e-3, math.inf])  # a run that blows up spares the others
+    assert all(torch.equal(a[1], b[0]) for a, b in zip(diverging, alone)) and diverging[0][2].isnan().any()
+
+
+def test_adam_equals_torch_for_every_run():
+    # in float64: keys' biases have no gradient but rounding noise, which Adam would blow up
+    model = disturbed(GPT(Config(**TINY), [0, 1, 2])).double()
+    singles = []
+    for run, (lr, eps, decay) in enumerate([(1e-3, 1e-8, 0.0), (1e-2, 1e-4, 0.1), (3e-3, 1e-8, 0.0)]):
+        one = GPT(Config(**TINY), [0]).double()
+        with torch.no_grad():
+            for p, q in zip(one.parameters(), model.parameters()):
+                p.copy_(q[run : run + 1])
+        singles.append((one, torch.optim.AdamW(one.parameters(), lr=lr, eps=eps, weight_decay=decay)))
+    ours = Adam(model, [1e-3, 1e-2, 3e-3], eps=[1e-8, 1e-4, 1e-8], weight_decay=[0.0, 0.1, 0.0], clip=[math.inf, math.inf, 0.1])
+    for step in range(4):
+        x, y, label = (t.double() if t.is_floating_point() else t for t in tiny_batch(3, step))
+        sum(F.cross_entropy(z.flatten(0, 1), t.flatten()) for z, t in zip(model(x, y), label)).backward()
+        ours.step()
+        for run, (one, optimizer) in enumerate(singles):
+            optimizer.zero_grad()
+            F.cross_entropy(one(x[run, None], y[run, None])[0].flatten(0, 1), label[run].flatten()).backward()
+            if run == 2:
+                assert torch.nn.utils.clip_grad_norm_(one.parameters(), 0.1) > 0.1
+            optimizer.step()
+            for p, q in zip(model.parameters(), one.parameters()):
+                torch.testing.assert_close(p[run], q[0], atol=1e-6, rtol=1e-5)
+
+
+def test_bf16_training_keeps_the_residual_stream_and_gradients_in_fp32():
+    model = GPT(Config(**TINY), [0])
+    x, y, label = tiny_batch(1)
+    with autocast(torch.device("cpu"), "bf16"):
+        logits, states = model(x, y, hidden=True)
+    assert logits.dtype == torch.bfloat16 and all(h.dtype == torch.float32 for h in states)
+    torch.testing.assert_close(logits.float(), model(x, y), atol=3e-2, rtol=3e-2)
+
+
+# ---------------------------------------------------------------------------------------------- tasks.py
+
+
+def slow_bits(*key: int) -> int:
+    """SplitMix64's finaliser folded over the key, in Python integers."""
+    h, mask = 0, 2**64 - 1
+    for part in key:
+        h = ((h ^ (part & mask)) + 0x9E3779B97F4A7C15) & mask
+        h = ((h ^ (h >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        h = ((h ^ (h >> 27)) * 0x94D049BB133111EB) & mask
+        h ^= h >> 31
+    return h & (2**63 - 1)
+
+
+def slow_int(high: int, *key: int) -> int:
+    return int((slow_bits(*key) >> 10) * 2.0**-53 * high)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_sampler_equals_a_slow_loop(held_out):
+    world = shapes(FEW, FACTORS[:2] + FACTORS[5:], code_width=5)
+    seeds, difficulty, n = [3, 8], [4, 2**53], 6
+    number = sequence_numbers(torch.tensor(seeds), 7, 3) + HELD_OUT * held_out
+    got = world.sample(torch.tensor(seeds), torch.tensor(difficulty), number, n, held_out)
+    for r, b in itertools.product(range(2), range(3)):
+        seed, sequence = seeds[r], 7 * 3 + b + HELD_OUT * held_out
+        asked = slow_int(3, seed, ASKED, sequence)
+        mapping = slow_int(difficulty[r], seed, MAPPING, sequence)
+        pool, column = (world.test if held_out else world.train).tolist(), [0, 1, 5][asked]
+        keys = [slow_bits(seed, PERMUTATION, mapping, asked, v) for v in range(FEW[column])]
+        label_of = sorted(range(FEW[column]), key=keys.__getitem__)
+        picks = []
+        if len(pool) >= 8 * n:
+            draws = [slow_int(len(pool), seed, IMAGES, sequence, i) for i in range(2 * n + 8)]
+            picks = list(dict.fromkeys(draws))[:n]
+        else:
+            picks = sorted(range(len(pool)), key=lambda i: slow_bits(seed, IMAGES, sequence, 0, i))[:n]
+        assert got.asked[r, b] == asked and got.image[r, b].tolist() == [pool[i] for i in picks]
+        for i, pick in enumerate(picks):
+            values = np.unravel_index(pool[pick], FEW)
+            assert got.values[r, b, i].tolist() == list(values)
+            assert got.label[r, b, i] == label_of[values[column]]
+            assert torch.equal(got.x[r, b, i], world.table[pool[pick]])
+
+
+def test_sequences_are_what_the_paper_says():
+    world = shapes((4, 4, 4, 4, 4, 1), FACTORS[:3])
+    assert len(world.train) == 819 and not set(world.train.tolist()) & set(world.test.tolist())
+    seed = torch.arange(3)
+    batch = world.sample(seed, mappings([1.0, 5.0, math.inf], "cpu"), sequence_numbers(seed, 0, 2000), 12)
+    assert all(len(set(s)) == 12 for s in batch.image.flatten(0, 1).tolist())  # distinct images
+    assert set(batch.image.flatten().tolist()) == set(world.train.tolist())
+    used = [set(), set(), set()]  # every (asked factor, value -> label) seen, as whole permutations
+    for r, b in itertools.product(range(3), range(2000)):
+        value = batch.values[r, b].gather(1, batch.asked[r, b].expand(12, 1))[:, 0].tolist()
+        table = dict(zip(value, batch.label[r, b].tolist()))
+        if len(table) == 4:
+            used[r].add((batch.asked[r, b].item(), *(table[v] for v in range(4))))
+    assert len(used[0]) == 3 and 10 <= len(used[1]) <= 15 and len(used[2]) == 3 * 24
+    assert all(abs((batch.asked[r] == a).float().mean() - 1 / 3) < 0.05 for r in range(3) for a in range(3))
+    again = world.sample(seed[1:2], mappings([5.0], "cpu"), sequence_numbers(seed[1:2], 0, 2000), 12)
+    assert torch.equal(again.label[0], batch.label[1])
+
+
+def test_a_finite_set_of_sequences_is_seen_once_an_epoch():
+    seed = torch.tensor([1, 2])
+    steps = torch.stack([sequence_numbers(seed, step, 5, finite=20) for step in range(8)])
+    for r, epoch in itertools.product(range(2), range(2)):
+        assert sorted(steps[4 * epoch : 4 * epoch + 4, r].flatten().tolist()) == list(range(20))
+    assert not torch.equal(steps[:4], steps[4:]) and not torch.equal(steps[:, 0], steps[:, 1])
+
+
+@pytest.mark.parametrize("pool", [5, 12, 1000])
+def test_distinct_draws_are_uniform(pool):
+    draws = distinct(pool, 8, 1, torch.arange(4000))
+    if pool >= 8:
+        assert all(len(set(row)) == 8 for row in draws.tolist())
+    counts = torch.bincount(draws.flatten(), minlength=pool).float()
+    assert (counts - 32000 / pool).abs().max() < 6 * (32000 / pool) ** 0.5
+
+
+def test_hash_bits_are_fair():
+    bits = random_bits(torch.arange(4)[:, None], 7, torch.arange(20_000))
+    ones = torch.stack([(bits >> i & 1).double().mean() for i in range(63)])
+    assert (ones - 0.5).abs().max() < 0.01
+    assert abs(np.corrcoef((bits[0] >> 10).numpy(), (bits[1] >> 10).numpy())[0, 1]) < 0.03
+
+
+def test_bayes_equals_enumeration():
+    sizes, g = [3, 2], torch.Generator().manual_seed(0)
+    values = torch.stack([torch.randint(s, (30, 5), generator=g) for s in sizes], -1)
+    every = [list(itertools.permutations(range(s))) for s in sizes]
+    label = torch.tensor([[every[b % 2][b % len(every[b % 2])][v[b % 2]] for v in values[b].tolist()] for b in range(30)])
+    got = bayes(values, label, sizes)
+    tables = torch.tensor([[[*a], [*b, 0]] for a, b in itertools.product(*every)])
+    listed = bayes(values, label, sizes, tables)
+    for b, j in itertools.product(range(30), range(5)):
+        p = np.zeros(3)
+        for f in range(2):
+            for table in every[f]:
+                if all(table[values[b, i, f]] == label[b, i] for i in range(j)):
+                    p[table[values[b, j, f]]] += 1 / len(every[f])
+        np.testing.assert_allclose(got[b, j], p / p.sum(), atol=1e-12)
+        np.testing.assert_allclose(listed[b, j], p / p.sum(), atol=1e-12)
+
+
+def test_reference_levels_of_the_full_world():
+    world = shapes(code_width=2)
+    level = references(world, 0, math.inf, 40, sequences=512)
+    assert level["no_context_loss"] == pytest.approx(2.445, abs=5e-4)
+    assert level["label_set_loss"] == pytest.approx(2.180, abs=5e-4)
+    assert level["chance"] == pytest.approx(0.1236, abs=5e-5)
+    # factor known: accuracy after j pairs in closed form, P(value seen) + (1 - P(seen)) E[1 / labels left]
+    known, computed = np.zeros(40), np.zeros(40)
+    for s in SIZES:
+        left = np.zeros((40, s + 1))  # distribution over the number of values seen after j pairs
+        left[0, 0] = 1
+        for j, k in itertools.product(range(39), range(s)):
+            left[j + 1, k] += left[j, k] * k / s
+            left[j + 1, k + 1] += left[j, k] * (s - k) / s
+        for j in range(1, 39):
+            left[j + 1, s] += left[j, s]
+        known += [sum(left[j, k] * (k / s + (s - k) / s / (s - k)) for k in range(s)) + left[j, s] for j in range(40)]
+        g = torch.Generator().manual_seed(0)
+        values = torch.randint(s, (3000, 40, 1), generator=g)
+        label = torch.rand(3000, s, generator=g).argsort(-1).gather(1, values[..., 0])
+        computed += bayes(values, label, [s]).max(-1).values.mean(0).numpy()
+    np.testing.assert_allclose(known[[0, 1, 5, 10, 20, 30, 39]] / 6, [0.124, 0.247, 0.576, 0.779, 0.946, 0.986, 0.996], atol=1e-3)
+    np.testing.assert_allclose(computed / 6, known / 6, atol=0.02)
+    one = references(world, 0, 1.0, 40, sequences=512)
+    assert one["bayes_accuracy"] > level["bayes_accuracy"] and one["no_context_loss"] < level["no_context_loss"]
+
+
+def test_images_show_every_factor():
+    masks = render()
+    assert masks.shape == (480, 3, 16, 16) and 0 <= masks.min() and masks.max() <= 1
+    base = np.array([1, 4, 7, 5, 0, 7])
+    for f, size in enumerate(SIZES):
+        values = np.repeat(base[None], size, 0)
+        values[:, f] = np.arange(size)
+        flat = image(values, masks).reshape(size, -1)
+        apart = np.linalg.norm(flat[:, None] - flat[None], axis=-1) + 10 * np.eye(size)
+        assert apart.min() > 0.3, FACTORS[f]
+    world = shapes((2, 2, 2, 2, 2, 2), embedding="pixels")
+    index = np.ravel_multi_index(world.full.numpy().T, SIZES)
+    assert index[0] == 0 and index[-1] == np.ravel_multi_index((5, 5, 5, 7, 3, 14), SIZES) and (np.diff(index) > 0).all()
+
+
+def test_code_is_entangled_by_its_gain():
+    grid = np.stack(np.meshgrid(*[np.arange(n) for n in FEW], indexing="ij"), -1).reshape(-1, 6)
+    one_hot = np.concatenate([np.eye(n)[grid[:, f]] for f, n in enumerate(FEW)], 1)
+    fit = lambda y: np.linalg.norm(y - one_hot @ np.linalg.lstsq(one_hot, y, rcond=None)[0]) / np.linalg.norm(y - y.mean(0))
+    assert fit(code(grid, FEW, 16, 0.05)) < 0.01 < 0.2 < fit(code(grid, FEW, 16, 3.0))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"other": np.zeros((480_000, 1), np.float32)}, "repre"),
+        ({"repre": np.zeros((10, 3), np.float32)}, "480000"),
+        ({"repre": np.zeros((480_000, 1), np.int64)}, "floating"),
+        ({"repre": np.full((480_000, 1), np.nan, np.float32)}, "finite"),
+        (None, "not a readable"),
+    ],
+)
+def test_a_wrong_embedding_file_is_named(tmp_path, content, message):
+    path = tmp_path / "e.npz"
+    np.savez(path, **content) if content else path.write_text("no archive")
+    with pytest.raises(UsageError, match=f"--embedding .*{message}"):
+        load_embedding(str(path))
+
+
+def test_an_embedding_file_is_read_in_the_papers_order(tmp_path):
+    np.savez(tmp_path / "e.npz", repre=np.arange(480_000, dtype=np.float32)[:, None])
+    world = shapes((2, 1, 1, 1, 1, 3), embedding=str(tmp_path / "e.npz"))
+    assert world.table[:, 0].tolist() == [0, 7, 14, 240_000, 240_007, 240_014]
+
+
+# ---------------------------------------------------------------------------------------------- probes.py
+
+
+def test_probes_score_chance_on_noise_and_one_on_one_hot():
+    g = torch.Generator().manual_seed(0)
+    target = torch.stack([torch.randint(s, (3000,), generator=g) for s in (4, 2)], -1)
+    one_hot = torch.cat([F.one_hot(target[:, i], s).float() for i, s in enumerate((4, 2))], 1)
+    both = torch.stack([torch.randn(3000, 6, generator=g), one_hot * 5])
+    for probe in (probes.linear_probe, probes.converged_probe):
+        noise, exact = probe(both[:, :2000], target[:2000], both[:, 2000:], target[2000:], [4, 2]).tolist()
+        assert abs(noise - 0.375) < 0.05 and exact == 1.0
+
+
+def test_a_drowned_state_lowers_the_papers_probe_but_not_the_converged_one():
+    g = torch.Generator().manual_seed(0)
+    target = torch.randint(4, (3000, 1), generator=g)
+    clear = torch.cat([F.one_hot(target[:, 0], 4).float(), torch.randn(3000, 12, generator=g)], 1)
+    loud = clear * torch.tensor([0.01] * 4 + [30.0] * 12)
+    states = torch.stack([clear, loud])
+    score = lambda probe: probe(states[:, :2000], target[:2000], states[:, 2000:], target[2000:], [4]).tolist()
+    trained, converged = score(probes.linear_probe), score(probes.converged_probe)
+    assert trained[0] > 0.95 and trained[1] < 0.6 and min(converged) > 0.95
+
+
+def test_plateau_length_on_made_curves():
+    steps = [0, 10, 20, 30]
+    assert probes.plateau_length(steps, [1.0, 0.9, 0.7, 0.9], 0.8) == 20
+    assert probes.plateau_length(steps, [1.0, 0.9, 0.85, 0.8], 0.8) is None
+    assert probes.plateau_length(steps, [1.0, None, None, None], 0.8) is None
+    assert probes.plateau_length(steps, [0.5, 0.5, 0.5, 0.5], 0.8) == 0
+
+
+def made_run(arm, seed, length, lr=1.0, change=0.1):
+    return dict(arm=arm, difficulty=3, lr=lr, seed=seed, censored=length is None, plateau_length=length, loss=[1.0, 0.5],
+                initial_weights_score=0.5, final_weights_score=0.5 + change)  # fmt: skip
+
+
+def test_summary_pairs_by_seed_and_counts_censored_runs():
+    runs = [made_run("baseline", s, v) for s, v in enumerate([40, None, 60])] + [
+        made_run("new", s, v) for s, v in enumerate([10, 50, None])
+    ]
+    runs += [made_run("new", s, 90, lr=2.0) for s in range(3)]
+    base, new, fast = probes.summarise(runs, budget=100)
+    assert base["plateau_length_median"] == 60 and base["censored"] == 1 and base["paired_differences"] == []
+    assert new["paired_differences"] == [-30, -50, 40] and new["plateau_lengths"] == [10, 50, None]
+    assert new["best_lr"] and not fast["best_lr"] and fast["paired_differences"] == [] and base["best_lr"]
+
+
+def test_rank_correlation():
+    assert probes.rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == 1
+    assert probes.rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == -1
+    assert probes.rank_correlation([1, 1, 2], [5, 5, 5]) is None
+
+
+# ---------------------------------------------------------------------------------------------- the scripts
+
+SMALL = "--steps 12 --batch 4 --pairs 4 --factors 3 3 2 2 1 1 --ask floor_hue wall_hue --n-layer 2 --n-head 2 --d-model 16 --seeds 2 " \
+        "--code-width 8 --evaluations 4 --probes 2 --no-compile --precision fp32 --device cpu --sequences 0"  # fmt: skip
+
+
+def run(command: str, expect: int = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, *shlex.split(command)], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+def science(folder: Path) -> dict:
+    """metrics.json without what may differ between two equal runs."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return {key: value for key, value in metrics.items() if key not in ("environment", "args")}
+
+
+def test_exp_plateau_end_to_end_and_resume_equals_unbroken(tmp_path):
+    flags = f"exp_plateau.py {SMALL} --difficulty 2 inf --lr 1e-3 1e-2"
+    done = run(f"{flags} --out {tmp_path}/a")
+    assert "12/12 100%" in done.stdout
+    whole = science(tmp_path / "a")
+    assert len(whole["runs"]) == 8 and whole["finished"] and {r["difficulty"] for r in whole["runs"]} == {2, "inf"}
+    one = whole["runs"][0]
+    assert len(one["steps"]) == len(one["loss"]) == 5 and len(one["weights_score"]) == len(one["probe_steps"]) == 3
+    assert one["loss"][-1] != one["loss"][0] and len(one["spread"][0]) == 2 and set(whole["reference"]) == {"2", "inf"}
+    run(f"{flags} --out {tmp_path}/b --max-minutes 0")
+    assert not science(tmp_path / "b")["finished"]
+    run(f"{flags} --out {tmp_path}/b --resume")
+    assert science(tmp_path / "b") == whole
+    (tmp_path / "a" / "figure.png").unlink()
+    run(f"exp_plateau.py --replot --out {tmp_path}/a")
+    assert (tmp_path / "a" / "figure.png").stat().st_size > 20_000
+    wrong = run(f"{flags} --out {tmp_path}/b --resume --batch 5", expect=2)
+    assert "--batch" in wrong.stderr and science(tmp_path / "b") == whole
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        ("--difficulty 0", "--difficulty"),
+        ("--difficulty 1.5", "--difficulty"),
+        ("--factors 4 4 4 4 5 1", "--factors"),
+        ("--ask orientation", "--ask"),
+        ("--embedding nowhere.npz", "--embedding"),
+        ("--n-head 3", "--n-head"),
+        ("--seeds 0", "--seeds"),
+        ("--device cuda:77", "--device"),
+        ("--resume", "--resume"),
+        ("--replot", "--replot"),
+        ("--no-such-flag", "--no-such-flag"),
+        ("--out requirements.txt/x", "--out"),
+    ],
+)
+@pytest.mark.parametrize("script", ["exp_plateau.py"])
+def test_wrong_input_ends_in_one_line_that_names_the_flag(script, flags, named, tmp_path):
+    done = run(f"{script} {SMALL} --out {tmp_path}/x {flags}", expect=2)
+    assert named in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
+    assert not (tmp_path / "x" / "metrics.json").exists()
+
+
+COMMANDS = re.findall(r"^ *(?:python )(exp_\w+\.py[^\n#]*)", (HERE / "README.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS)))
+def test_every_command_of_the_readme_runs(command, tmp_path):
+    run(f"{command.strip()} {SMALL} --out {tmp_path}")
+    assert (tmp_path / "figure.png").exists()
