@@ -32,9 +32,6 @@ SCALES = {  # defaults only: any flag overrides them
 }  # fmt: skip
 
 
-FREE = ("resume", "replot", "max_minutes", "out", "device")  # flags that may differ when a run is resumed
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage="%(prog)s [flags], explained by -h", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -87,23 +84,11 @@ def train(args: argparse.Namespace, out: Path) -> None:
     model = GPT(Config(d_x=world.table.shape[1], d_y=world.n_label, n_pair=args.pairs, n_layer=args.n_layer,
                        n_head=args.n_head, d_model=args.d_model), column("seed")).to(device)  # fmt: skip
     optimizer = Adam(model, column("lr"))
-    record = probes.Record(runs, world, model, args.pairs, args.steps, args.evaluations, args.probes)
-    settings = {key: value for key, value in vars(args).items() if key not in FREE}
-    first = record.load_checkpoint(out / "checkpoint.pt", settings, model, optimizer) if args.resume else 0
-    print(f"{args.scale} scale on {device}, {args.precision}: {len(runs)} runs x {args.steps} steps; {settings}", flush=True)
+    record = probes.Record(args, runs, world, model, optimizer)
     if not args.no_compile:
         compile_blocks(model)
 
-    stop = False
-    for step in range(first, args.steps + 1):
-        if record.due(step):
-            record.measure(model, step)
-            print(record.line(), flush=True)
-            stop = step > first and record.minutes() > args.max_minutes
-            if stop or step == args.steps or record.unsaved_minutes() > 1:
-                record.save_checkpoint(out / "checkpoint.pt", settings, step, model, optimizer)
-        if stop or step == args.steps:
-            break
+    for step in record.training_steps():
         batch = world.sample(seed, m, sequence_numbers(seed, step, args.batch, args.sequences), args.pairs)
         with autocast(device, args.precision):
             logits = model(batch.x, F.one_hot(batch.label, world.n_label).float())
@@ -111,14 +96,18 @@ def train(args: argparse.Namespace, out: Path) -> None:
         loss.sum().backward()  # nothing crosses the run axis: the sum's gradient is each run's own
         optimizer.step()
 
-    metrics = record.metrics("exp_plateau.py", vars(args), device)
+    metrics = record.metrics(device)
     metrics["best_lr"] = best_rate(metrics)
     paired = [(run["final_weights_score"] - run["initial_weights_score"], args.steps if run["censored"] else run["plateau_length"])
               for run in metrics["runs"] if run["lr"] == metrics["best_lr"] and run["final_weights_score"] is not None]  # fmt: skip
     metrics["weights_score_change_against_plateau_length"] = {"rho": probes.rank_correlation(*zip(*paired)), "n": len(paired)}
     metrics["example"] = example(world, args.pairs)
     probes.save_json(out / "metrics.json", metrics)
-    report(metrics)
+    probes.report(metrics)
+    relation = metrics["weights_score_change_against_plateau_length"]
+    print(
+        f"rank correlation of weights score change and plateau length at lr {metrics['best_lr']:g}: {relation['rho']}, n = {relation['n']}"
+    )
 
 
 def example(world, n: int) -> dict:
@@ -136,30 +125,7 @@ def best_rate(metrics: dict) -> float:
     return min(metrics["args"]["lr"], key=rank)
 
 
-def report(metrics: dict) -> None:
-    """The result in words."""
-    for row in metrics["summary"]:
-        lengths = " ".join("never" if v is None else str(v) for v in row["plateau_lengths"])
-        changes = " ".join(f"{v:+.3f}" for v in row["weights_score_changes"])
-        print(
-            f"m = {row['difficulty']}, lr {row['lr']:g}: plateau {lengths} (median {row['plateau_length_median']:g}); weights score {changes}"
-        )
-    relation = metrics["weights_score_change_against_plateau_length"]
-    print(
-        f"rank correlation of weights score change and plateau length: {relation['rho']} over {relation['n']} runs at lr {metrics['best_lr']:g}"
-    )
-
-
 # ---------------------------------------------------------------------------------------------- the picture
-
-
-def curves(ax, runs: list[dict], colours: dict, x: str, y) -> None:
-    """Every seed a thin line, the median over seeds bold."""
-    for m, colour in colours.items():
-        stack = [[math.nan if v is None else v for v in y(run)] for run in runs if run["difficulty"] == m]
-        steps = next(run[x] for run in runs if run["difficulty"] == m)
-        ax.plot(steps, np.array(stack).T, color=colour, lw=0.7, alpha=0.4)
-        ax.plot(steps, np.nanmedian(stack, 0), color=colour, lw=2.2, label=f"m = {m}".replace("inf", "\u221e"))
 
 
 def plot(metrics: dict, path: Path) -> None:
@@ -167,14 +133,15 @@ def plot(metrics: dict, path: Path) -> None:
     runs = [run for run in metrics["runs"] if run["lr"] == lr]
     difficulties = list(dict.fromkeys(run["difficulty"] for run in runs))
     colours = dict(zip(difficulties, plt.cm.viridis_r(np.linspace(0.05, 0.95, len(difficulties)))))
+    groups = {f"m = {m}".replace("inf", "\u221e"): (colours[m], [run for run in runs if run["difficulty"] == m]) for m in difficulties}
     several = len(args["lr"]) > 1
     figure, axes = plt.subplots(2 + several, 3, figsize=(15, 8.4 + 4 * several), layout="constrained")
     (a, b, c), (d, e, f) = axes[:2]
-    budget, last = runs[0]["steps"][-1], len(difficulties) - 1
+    budget = runs[0]["steps"][-1]
     score = lambda key: lambda run: [row[block] for row in run[key]]
     start = float(np.median([run["initial_weights_score"] for run in runs]))
 
-    curves(a, runs, colours, "steps", lambda run: [v and v / run["no_context_loss"] for v in run["loss"]])
+    probes.curves(a, groups, "steps", lambda run: [v and v / run["no_context_loss"] for v in run["loss"]])
     for m, colour in colours.items():
         level = metrics["reference"][str(m)]
         a.axhline(level["bayes_loss"] / level["no_context_loss"], color=colour, ls="--", lw=1)
@@ -187,7 +154,7 @@ def plot(metrics: dict, path: Path) -> None:
         title="(a) Training stalls, then jumps", xlabel="step", ylabel="held-out loss / best loss without context", ylim=(0, 1.15), xlim=0
     )
 
-    curves(b, runs, colours, "probe_steps", score("weights_score"))
+    probes.curves(b, groups, "probe_steps", score("weights_score"))
     b.axhline(start, color="black", ls="--", lw=1)
     b.axhspan(b.get_ylim()[0], start, color="tab:red", alpha=0.07, lw=0)
     b.text(0, start, " at initialisation", va="bottom", fontsize=8)
@@ -195,7 +162,7 @@ def plot(metrics: dict, path: Path) -> None:
     b.legend(fontsize=8, title="mappings", title_fontsize=8)
 
     if "context_score" in runs[0]:
-        curves(c, runs, colours, "probe_steps", score("context_score"))
+        probes.curves(c, groups, "probe_steps", score("context_score"))
     c.axhline(1 / len(args["ask"]), color="black", ls="--", lw=1, label="chance")
     c.set(title=f"(c) Context component (block {block + 1})", xlabel="step", ylabel="which factor is asked: accuracy", xlim=0)
 

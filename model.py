@@ -44,6 +44,15 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.zeros(runs, d_in, d_out))
         self.bias = nn.Parameter(torch.zeros(runs, 1, d_out))
 
+    @torch.no_grad()
+    def initialise(self, seeds: list[int]) -> None:
+        """nn.Linear's default, run r from seeds[r]; for read-outs that a script adds to a GPT."""
+        bound = self.weight.shape[1] ** -0.5
+        for run, seed in enumerate(seeds):
+            generator = torch.Generator().manual_seed(2**40 + seed)
+            self.weight[run].uniform_(-bound, bound, generator=generator)
+            self.bias[run].uniform_(-bound, bound, generator=generator)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x @ self.weight
         return y + self.bias.to(y.dtype)  # an fp32 bias would promote everything after it under autocast

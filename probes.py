@@ -172,95 +172,107 @@ def plateau_length(steps: list[int], loss: list[float], level: float) -> int | N
 
 
 class Record:
-    """Curves and scores of all runs, checkpoints, and metrics.json.
+    """The curves and scores of all runs, their checkpoint, and the content of metrics.json.
 
     runs: one dict per run with at least arm, difficulty, lr, seed. Every run is judged on the plain target task of its own
     difficulty, on held-out sequences drawn once from its seed, whatever it is trained on.
+    args: the script's flags; used here: pairs, steps, evaluations, probes, out, resume, max_minutes.
     """
 
-    def __init__(self, runs: list[dict], world, model, n: int, budget: int, evaluations: int, probings: int, sequences: int = 64):
-        self.runs, self.budget, self.first = runs, budget, None
-        self.began = self.saved = time.perf_counter()
-        self.due_steps = sorted({round(i * budget / evaluations) for i in range(evaluations + 1)})
-        self.due_probes = set(self.due_steps[:: max(1, evaluations // probings)]) | {budget}
-        device = world.values.device
-        seed, difficulty = torch.tensor([run["seed"] for run in runs], device=device), [run["difficulty"] for run in runs]
-        known = {key: references(world, *key, n) for key in dict.fromkeys(zip(seed.tolist(), difficulty))}
+    may_change = ("out", "device", "resume", "replot", "max_minutes")  # flags that a resumed run may change
+    kept = ("steps", "loss", "accuracy", "probe_steps", "scores", "by_position", "fresh_accuracy", "seconds")  # in the checkpoint
+
+    def __init__(self, args, runs: list[dict], world, model, optimizer, sequences: int = 64):
+        self.args, self.runs, self.model, self.optimizer, self.budget = args, runs, model, optimizer, args.steps
+        self.settings = {key: jsonable(value) for key, value in vars(args).items() if key not in self.may_change}
+        self.due = sorted({round(i * args.steps / args.evaluations) for i in range(args.evaluations + 1)})
+        self.due_probes = set(self.due[:: max(1, args.evaluations // args.probes)]) | {args.steps}
+        device, difficulty = world.values.device, [run["difficulty"] for run in runs]
+        seed = torch.tensor([run["seed"] for run in runs], device=device)
+        known = {key: references(world, *key, args.pairs) for key in dict.fromkeys(zip(seed.tolist(), difficulty))}
         self.references = [known[key] for key in zip(seed.tolist(), difficulty)]
         number = HELD_OUT + torch.arange(sequences, device=device).expand(len(runs), -1)
-        self.held_out = world.sample(seed, mappings(difficulty, device), number, n, held_out=True)
-        self.fresh = world.sample(seed, mappings([math.inf] * len(runs), device), number, n, held_out=True)
-        self.prober = Prober(world, seed, mappings(difficulty, device), n)
+        self.held_out = world.sample(seed, mappings(difficulty, device), number, args.pairs, held_out=True)
+        self.fresh = world.sample(seed, mappings([math.inf] * len(runs), device), number, args.pairs, held_out=True)
+        self.prober = Prober(world, seed, mappings(difficulty, device), args.pairs)
         self.block = headline_block(model.config.n_layer)
         self.steps, self.loss, self.accuracy, self.probe_steps, self.scores = [], [], [], [], []
         self.by_position = self.fresh_accuracy = None
+        self.seconds = {"total": 0.0, "probing": 0.0}
         self.warned: set[int] = set()
-        self.probing_seconds = 0.0
 
-    def due(self, step: int) -> bool:
-        return step in self.due_steps and step not in self.steps  # the second: a resumed run has measured its first step
+    def training_steps(self):
+        """The steps to train, one by one. In between: measure, print, save a checkpoint every minute, stop at the time limit."""
+        path = Path(self.args.out) / "checkpoint.pt"
+        first = self.load_checkpoint(path) if self.args.resume else 0
+        print(f"{len(self.runs)} runs x {self.budget} steps: {self.settings}", flush=True)
+        began = saved = time.perf_counter()
+        before = self.seconds["total"]
+        for step in range(first, self.budget + 1):
+            if step in self.due and step not in self.steps:
+                self.measure(step)
+                now = time.perf_counter()
+                self.seconds["total"] = before + now - began
+                print(self.line(first, now - began), flush=True)
+                stop = step == self.budget or (step > first and now - began > 60 * self.args.max_minutes)
+                if stop or now - saved > 60:
+                    self.save_checkpoint(path, step)
+                    saved = now
+                if stop:
+                    return
+            if step < self.budget:
+                yield step
 
-    def measure(self, model, step: int) -> None:
+    def measure(self, step: int) -> None:
         """Evaluate all runs, and probe them when it is time; nothing leaves the device."""
-        loss, self.by_position = evaluate(model, self.held_out)
+        loss, self.by_position = evaluate(self.model, self.held_out)
         self.steps.append(step)
         self.loss.append(loss)
         self.accuracy.append(self.by_position.mean(1))
         if step in self.due_probes:
             began = time.perf_counter()
             self.probe_steps.append(step)
-            self.scores.append(self.prober(model))
-            self.fresh_accuracy = evaluate(model, self.fresh)[1].mean(1)
-            self.probing_seconds += time.perf_counter() - began
+            self.scores.append(self.prober(self.model))
+            self.fresh_accuracy = evaluate(self.model, self.fresh)[1].mean(1)
+            self.seconds["probing"] += time.perf_counter() - began
 
-    def line(self, label: str = "difficulty") -> str:
+    def line(self, first: int, seconds: float, label: str = "") -> str:
         """The newest evaluation: medians over seeds of loss, accuracy and weights score, speed, time left."""
         loss, accuracy = self.loss[-1].tolist(), self.accuracy[-1].tolist()
         weights = self.scores[-1]["weights_score"][:, self.block].tolist()
-        for run in (r for r, value in enumerate(loss) if not math.isfinite(value) and r not in self.warned):
-            self.warned.add(run)
-            print(f"warning: non-finite loss at step {self.steps[-1]} in run {self.runs[run]}: its curve stops, the others go on")
+        step = self.steps[-1]
+        for r in (r for r, value in enumerate(loss) if not math.isfinite(value) and r not in self.warned):
+            self.warned.add(r)
+            print(f"warning: non-finite loss at step {step} in run {self.runs[r]}: its curve stops, the others go on")
+        arms = [" ".join([run["arm"]] * (run["arm"] != "baseline") + [f"m={run['difficulty']:.0f}"]) for run in self.runs]
         parts = []
-        for key in dict.fromkeys(run[label] for run in self.runs):
-            rows = [r for r, run in enumerate(self.runs) if run[label] == key]
-            median = [statistics.median(values[r] for r in rows) for values in (loss, accuracy, weights)]
-            parts.append(f"{key}: {median[0]:.2f} {median[1]:3.0%} {median[2]:.2f}")
-        now, step = time.perf_counter(), self.steps[-1]
-        self.first = self.first or (step, now)
-        done = step - self.first[0]
-        pace = (now - self.first[1]) / done if done else math.nan
-        left = f"{pace * 1000:.0f} ms/step, {(self.budget - step) * pace / 60:.1f} min left" if done else "loss, accuracy, weights score"
-        return f"{step:6d}/{self.budget} {step / self.budget:4.0%} | " + " | ".join(parts) + f" | {left}"
+        for arm in dict.fromkeys(arms):
+            median = [statistics.median(v for v, other in zip(values, arms) if other == arm) for values in (loss, accuracy, weights)]
+            parts.append(f"{arm} {median[0]:.2f} {median[1]:3.0%} {median[2]:.2f}")
+        pace = seconds / (step - first) if step > first else 0
+        left = f"{1000 * pace:.0f} ms/step, {(self.budget - step) * pace / 60:.1f} min left" if pace else "(loss, accuracy, weights score)"
+        return f"{step:6d} {step / self.budget:4.0%} | " + " | ".join(parts) + f" | {left}"
 
-    def minutes(self) -> float:
-        return (time.perf_counter() - self.began) / 60
-
-    def unsaved_minutes(self) -> float:
-        return (time.perf_counter() - self.saved) / 60
-
-    # what a checkpoint keeps, beside the model and its optimizer
-    kept = ("steps", "loss", "accuracy", "probe_steps", "scores", "by_position", "fresh_accuracy")
-
-    def save_checkpoint(self, path: Path, settings: dict, step: int, model, optimizer) -> None:
-        state = {"settings": settings, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    def save_checkpoint(self, path: Path, step: int) -> None:
+        state = {"settings": self.settings, "step": step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         state["record"] = {key: getattr(self, key) for key in self.kept}
         write_aside(path, lambda aside: torch.save(state, aside))
-        self.saved = time.perf_counter()
 
-    def load_checkpoint(self, path: Path, settings: dict, model, optimizer) -> int:
+    def load_checkpoint(self, path: Path) -> int:
         """Restore everything; returns the step to go on from. UsageError if there is none or it is of other settings."""
         try:
             state = torch.load(path, map_location=self.held_out.x.device, weights_only=True)
+            then = state["settings"]
         except FileNotFoundError:
             raise UsageError(f"--resume: no checkpoint at {path}; leave --resume out to start afresh") from None
         except Exception:
             raise UsageError(f"--resume: {path} is not a checkpoint of this script; remove it and start afresh") from None
-        other = [key for key in settings if settings[key] != state["settings"].get(key)]
+        other = [key for key in self.settings if self.settings[key] != then.get(key)]
         if other:
-            flags = ", ".join(f"--{key.replace('_', '-')} (then {state['settings'].get(key)}, now {settings[key]})" for key in other)
-            raise UsageError(f"--resume: the checkpoint was made with other settings: {flags}; use another --out or the same flags")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+            flags = ", ".join(f"--{key.replace('_', '-')} (then {then.get(key)}, now {self.settings[key]})" for key in other)
+            raise UsageError(f"--resume: the checkpoint was made with other settings: {flags}; use the same flags or another --out")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
         for key, value in state["record"].items():
             setattr(self, key, value)
         return state["step"]
@@ -300,22 +312,22 @@ class Record:
             out.append(row)
         return out
 
-    def metrics(self, script: str, args: dict, device: torch.device) -> dict:
+    def metrics(self, device: torch.device) -> dict:
         """The content of metrics.json; its keys are the same in every script."""
-        reference = {}
+        levels = {}
         for run, level in zip(self.runs, self.references):
-            reference.setdefault(f"{run['difficulty']:.0f}", []).append(level)
-        mean = lambda levels: {key: np.mean([level[key] for level in levels], 0).round(6).tolist() for key in levels[0]}
+            levels.setdefault(f"{run['difficulty']:.0f}", []).append(level)
+        mean = lambda group: {key: np.mean([level[key] for level in group], 0).round(6).tolist() for key in group[0]}
         runs = self.finished_runs()
         return {
-            "script": script,
-            "args": {key: jsonable(value) for key, value in args.items()},
-            "environment": environment(device, time.perf_counter() - self.began),
+            "script": Path(sys.argv[0]).name,
+            "args": {key: jsonable(value) for key, value in vars(self.args).items()},
+            "environment": environment(device, self.seconds),
             "finished": self.steps[-1] == self.budget,
             "headline_block": self.block,
             "raw_embedding_score": number(self.prober.raw_score),
             "chance_weights_score": number(self.prober.chance),
-            "reference": {key: mean(levels) for key, levels in reference.items()},
+            "reference": {key: mean(group) for key, group in levels.items()},
             "runs": runs,
             "summary": summarise(runs, self.steps[-1]),
         }
@@ -363,6 +375,24 @@ def summarise(runs: list[dict], budget: int, baseline: str = "baseline") -> list
     return rows
 
 
+def report(metrics: dict) -> None:
+    """The summary in words."""
+    for row in metrics["summary"]:
+        lengths = " ".join("never" if v is None else str(v) for v in row["plateau_lengths"])
+        changes = " ".join(f"{v:+.3f}" for v in row["weights_score_changes"])
+        paired = f"; against baseline {row['paired_difference_median']:+g}" if row["paired_differences"] else ""
+        print(f"{row['arm']}, m = {row['difficulty']}, lr {row['lr']:g}{' (its best)' if row['best_lr'] else ''}: plateau {lengths}, "
+              f"median {row['plateau_length_median']:g}{paired}; weights score {changes}")  # fmt: skip
+
+
+def curves(ax, groups: dict, x: str, y) -> None:
+    """Draw the curves y(run) over run[x]: every seed a thin line, the median over seeds bold. groups: label -> (colour, runs)."""
+    for label, (colour, runs) in groups.items():
+        stack = np.array([[math.nan if v is None else v for v in y(run)] for run in runs])
+        ax.plot(runs[0][x], stack.T, color=colour, lw=0.7, alpha=0.4)
+        ax.plot(runs[0][x], np.median(stack, 0), color=colour, lw=2.2, label=label)
+
+
 def rank_correlation(a: list[float], b: list[float]) -> float | None:
     """Spearman's rho, ties averaged; None when one side is constant."""
     ranks = lambda v: [sum(y < x for y in v) + (sum(y == x for y in v) - 1) / 2 for x in v]
@@ -372,13 +402,13 @@ def rank_correlation(a: list[float], b: list[float]) -> float | None:
         return None
 
 
-def environment(device: torch.device, seconds: float) -> dict:
+def environment(device: torch.device, seconds: dict) -> dict:
     """Where and when the numbers come from."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {
         "commit": git.stdout.strip() or None, "argv": sys.argv, "python": platform.python_version(), "torch": torch.__version__,
-        "device": name, "seconds": round(seconds, 1), "date": time.strftime("%Y-%m-%d"),
+        "device": name, "seconds": round(seconds["total"], 1), "probing_seconds": round(seconds["probing"], 1), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
 
 

@@ -1,0 +1,265 @@
+"""Extra losses on the plateau (claim 7; the paper's Fig. 5C), the controls that could explain them away, and `norm`, our own.
+
+    python exp_aux_loss.py                                              hardest task, all losses, laptop scale
+    python exp_aux_loss.py --loss none weights:0.1 weights:1 norm       a weight after the colon
+    python exp_aux_loss.py --loss none weights norm weights+norm        losses added up
+    python exp_aux_loss.py --lr 5e-4 1e-3 2e-3                          every arm also at its own best learning rate
+
+Total loss = label loss + weight x extra loss, the extra loss read from the final layer at every x position, with context visible:
+  weights   all factor values of x_i (cross-entropy)             context  which factor the sequence asks for
+  shuffled  the values of another, fixed image instead of x_i's: the same gradient load and no information
+  norm      mean square of the residual stream after each block; needs no labels
+Cheap explanations, as further arms: decay (decoupled weight decay), clip (gradient norm), epsilon (Adam's).
+Arms of one seed start from the same weights and see the same batches; all are judged on the plain target task.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from einops import rearrange
+from torch.nn import functional as F
+
+import probes
+from model import GPT, Adam, Config, Linear, autocast, compile_blocks, pick_device
+from tasks import FACTORS, SIZES, UsageError, mappings, parse_difficulty, sequence_numbers, shapes
+
+LOSSES = dict(
+    none=0.0, weights=None, context=None, shuffled=None, norm=0.01, decay=0.1, clip=1.0, epsilon=1e-4
+)  # default weight; None: --weight
+
+SCALES = {  # defaults only: any flag overrides them
+    "laptop": dict(difficulty=[math.inf], lr=[1e-3], factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5,
+                   steps=2500, batch=48, pairs=12, n_layer=3, n_head=2, d_model=64, sequences=0, evaluations=100, probes=10),
+    "paper": dict(difficulty=[20000], lr=[1e-4], factors=SIZES, ask=FACTORS, code_width=768, code_gain=3.0,
+                  steps=46860, batch=128, pairs=40, n_layer=12, n_head=4, d_model=128, sequences=100_000, evaluations=240, probes=30),
+}  # fmt: skip
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags], explained by -h", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument("--seeds", type=int, default=3, help="runs per arm, seeds 0 .. n-1 (default 3)")
+    run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
+    run.add_argument("--out", default="out/aux_loss", help="folder of metrics.json, figure.png, checkpoint.pt")
+    run.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+    run.add_argument("--replot", action="store_true", help="redraw figure.png from metrics.json, train nothing")
+    run.add_argument("--max-minutes", type=float, default=math.inf, help="stop cleanly after this long; --resume continues")
+    run.add_argument("--scale", choices=SCALES, default="laptop", help="which set of defaults (any flag overrides)")
+    run.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of training; measures are always fp32")
+    run.add_argument("--no-compile", action="store_true", help="train without torch.compile")
+    exp = parser.add_argument_group("experiment")
+    exp.add_argument("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, one or several; inf = always fresh")
+    exp.add_argument("--loss", type=parse_arm, nargs="+", default=["none", "weights", "context", "shuffled", "norm"],
+                     help=f"arms: {', '.join(LOSSES)}; weights:0.3 sets a weight, weights+norm adds losses up")  # fmt: skip
+    exp.add_argument(
+        "--weight", type=float, nargs="+", default=[0.1], help="weights of the weights, context and shuffled losses (default 0.1)"
+    )
+    exp.add_argument("--lr", type=float, nargs="+", help="Adam's learning rate, one or several")
+    exp.add_argument("--embedding", default="code", help="pixels, code, vae, or a file.npz in the paper's layout (default code)")
+    exp.add_argument("--code-width", type=int, help="dimensions of the code embedding")
+    exp.add_argument("--code-gain", type=float, help="entanglement of the code embedding")
+    exp.add_argument("--factors", type=int, nargs=6, help="values per factor, 1 = constant")
+    exp.add_argument("--ask", choices=FACTORS, nargs="+", help="factors that may be asked; the others only vary")
+    exp.add_argument("--steps", type=int, help="training steps, the budget")
+    exp.add_argument("--batch", type=int, help="sequences per step")
+    exp.add_argument("--pairs", type=int, help="(image, label) pairs per sequence")
+    exp.add_argument("--sequences", type=int, help="size of the training set of sequences, 0 = always fresh")
+    exp.add_argument("--n-layer", type=int, help="blocks")
+    exp.add_argument("--n-head", type=int, help="attention heads")
+    exp.add_argument("--d-model", type=int, help="width")
+    exp.add_argument("--evaluations", type=int, help="points of a curve")
+    exp.add_argument("--probes", type=int, help="times the states are probed, after the start")
+    args = parser.parse_args()
+    for name, value in SCALES[args.scale].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("seeds", "steps", "batch", "pairs", "n_layer", "n_head", "d_model", "evaluations", "probes", "code_width"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.d_model % args.n_head:
+        parser.error(f"--n-head {args.n_head}: must divide --d-model {args.d_model}")
+    return args
+
+
+def parse_arm(text: str) -> str:
+    for part in text.split("+"):
+        name, colon, weight = part.partition(":")
+        if name not in LOSSES:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(LOSSES)}")
+        try:
+            fine = not colon or 0 <= float(weight) < math.inf
+        except ValueError:
+            fine = False
+        if not fine:
+            raise argparse.ArgumentTypeError(f"{part!r}: the weight must be a number from 0 up, as in weights:0.1")
+    return text
+
+
+def arms(args: argparse.Namespace) -> list[dict]:
+    """--loss and --weight spelled out: {"arm": "weights:0.1", "loss": {"weights": 0.1}} and so on; `none` is the baseline."""
+    out = []
+    for text in args.loss:
+        for default in args.weight:
+            loss = {}
+            for part in text.split("+"):
+                name, _, weight = part.partition(":")
+                loss[name] = float(weight) if weight else default if LOSSES[name] is None else LOSSES[name]
+            name = "baseline" if set(loss) == {"none"} else "+".join(f"{k}:{v:g}" for k, v in loss.items())
+            out.append({"arm": name, "loss": loss})
+    return list({arm["arm"]: arm for arm in out}.values())  # --weight changes only some of them: each arm once
+
+
+def train(args: argparse.Namespace, out: Path) -> None:
+    device, args.precision = pick_device(args.device, args.precision)
+    world = shapes(args.factors, args.ask, args.embedding, args.code_width, args.code_gain, device)
+    runs = [
+        dict(**arm, difficulty=m, lr=lr, seed=s) for m in args.difficulty for arm in arms(args) for lr in args.lr for s in range(args.seeds)
+    ]
+    column = lambda key: [run[key] for run in runs]
+    weight = lambda name, absent=0.0: torch.tensor([run["loss"].get(name, absent) for run in runs], device=device)
+    seed, m = torch.tensor(column("seed"), device=device), mappings(column("difficulty"), device)
+    model = GPT(Config(d_x=world.table.shape[1], d_y=world.n_label, n_pair=args.pairs, n_layer=args.n_layer,
+                       n_head=args.n_head, d_model=args.d_model), column("seed"))  # fmt: skip
+    sizes = [world.sizes[f] for f in world.varying]
+    model.extra = Linear(len(runs), args.d_model, sum(sizes) + len(world.asked))  # read-outs of the extra losses
+    model.extra.initialise(column("seed"))
+    model = model.to(device)
+    optimizer = Adam(model, column("lr"), eps=weight("epsilon", 1e-8), weight_decay=weight("decay"), clip=weight("clip", math.inf))
+    record = probes.Record(args, runs, world, model, optimizer)
+    weights, context, shuffled, norm = (weight(name) for name in ("weights", "context", "shuffled", "norm"))
+    other = torch.randperm(len(world.values), generator=torch.Generator().manual_seed(0)).to(device)  # image -> another image
+    if not args.no_compile:
+        compile_blocks(model)
+
+    for step in record.training_steps():
+        batch = world.sample(seed, m, sequence_numbers(seed, step, args.batch, args.sequences), args.pairs)
+        with autocast(device, args.precision):
+            logits, states = model(batch.x, F.one_hot(batch.label, world.n_label).float(), hidden=True)
+            guess = model.extra(model.norm(rearrange(model.at_x(states[-1]), "r b n d -> r (b n) d"))).float()
+        loss = probes.label_loss(logits, batch.label).mean((1, 2))  # (r,), one mean per run
+        value, asked = guess.split([sum(sizes), len(world.asked)], -1)
+        loss = loss + weights * value_loss(value, batch.values[..., world.varying], sizes)
+        loss = loss + shuffled * value_loss(value, world.values[other[batch.image]][..., world.varying], sizes)
+        loss = loss + context * value_loss(asked, batch.asked[:, :, None, None].expand(-1, -1, args.pairs, -1), [len(world.asked)])
+        loss = loss + norm * torch.stack([h.square().mean((1, 2, 3)) for h in states]).mean(0)
+        loss.sum().backward()  # nothing crosses the run axis: the sum's gradient is each run's own
+        optimizer.step()
+
+    metrics = record.metrics(device)
+    probes.save_json(out / "metrics.json", metrics)
+    probes.report(metrics)
+
+
+def value_loss(logits: torch.Tensor, values: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Cross-entropy per run, mean over factors: logits (r, b*n, sum of sizes), values (r, b, n, f) -> (r,)."""
+    values = rearrange(values, "r b n f -> f r 1 (b n)")
+    return torch.stack([probes.label_loss(part[:, None], v).mean((1, 2)) for part, v in zip(logits.split(sizes, -1), values)]).mean(0)
+
+
+# ---------------------------------------------------------------------------------------------- the picture
+
+
+def plot(metrics: dict, path: Path) -> None:
+    args, block, summary = metrics["args"], metrics["headline_block"], metrics["summary"]
+    hardest = metrics["runs"][-1]["difficulty"]
+    best = {row["arm"]: row["lr"] for row in summary if row["best_lr"] and row["difficulty"] == hardest}
+    colours = dict(zip(best, ["black", *plt.cm.tab10.colors, *plt.cm.Set2.colors]))
+    mine = lambda arm, lr, m=hardest: [run for run in metrics["runs"] if (run["arm"], run["lr"], run["difficulty"]) == (arm, lr, m)]
+    groups = {f"{arm} (lr {lr:g})" if len(args["lr"]) > 1 else arm: (colours[arm], mine(arm, lr)) for arm, lr in best.items()}
+    budget = metrics["runs"][0]["steps"][-1]
+    length = lambda run: budget if run["censored"] else run["plateau_length"]
+    figure, ((a, b, c), (d, e, f)) = plt.subplots(2, 3, figsize=(15, 8.4), layout="constrained")
+
+    level = metrics["reference"][str(hardest)]
+    probes.curves(a, groups, "steps", lambda run: run["loss"])
+    for value, text in ((level["no_context_loss"], "best without context"), (level["bayes_loss"], "exact Bayes")):
+        a.axhline(value, color="black", ls="--", lw=1)
+        a.text(budget, value, text, ha="right", va="bottom", fontsize=8)
+    a.axhline(probes.ESCAPE * level["no_context_loss"], color="black", ls=":", lw=1)
+    a.set(
+        title=f"(a) Target task, m = {hardest}, each arm at its best rate".replace("inf", "\u221e"),
+        xlabel="step",
+        ylabel="held-out loss",
+        xlim=0,
+    )
+    a.legend(fontsize=7)
+    score = lambda key: lambda run: [row[block] for row in run[key]]
+    probes.curves(b, groups, "probe_steps", score("weights_score"))
+    b.axhline(np.median([run["initial_weights_score"] for run in metrics["runs"]]), color="black", ls="--", lw=1)
+    b.set(title=f"(b) Weights component (block {block + 1}); dashed: at initialisation", xlabel="step", ylabel="weights score", xlim=0)
+    probes.curves(c, groups, "probe_steps", score("spread"))
+    c.set(title="(c) Spread of the states: drowning", xlabel="step", ylabel="spread", xlim=0, yscale="log")
+
+    for place, (arm, lr) in enumerate(best.items()):
+        for run in mine(arm, lr):
+            shift = 0.08 * (run["seed"] - args["seeds"] / 2)
+            d.plot(
+                length(run),
+                place + shift,
+                "^" if run["censored"] else "o",
+                color=colours[arm],
+                mfc="none" if run["censored"] else None,
+                ms=5,
+            )
+        d.plot(np.median(list(map(length, mine(arm, lr)))), place, "|", color=colours[arm], ms=26, mew=3)
+    d.set_yticks(range(len(best)), list(groups))
+    d.invert_yaxis()
+    d.set(title="(d) Plateau length at each arm's best rate (\u25b3 = never)", xlabel="steps", xlim=(0, 1.05 * budget))
+    for arm, colour in colours.items():
+        e.plot(args["lr"], [np.median(list(map(length, mine(arm, lr)))) for lr in args["lr"]], "o-", color=colour, label=arm)
+    e.set(
+        title="(e) Plateau length against learning rate (median)",
+        xlabel="learning rate",
+        ylabel="steps",
+        xscale="log",
+        ylim=(0, 1.05 * budget),
+    )
+    for m in dict.fromkeys(run["difficulty"] for run in metrics["runs"]):
+        base = {(run["seed"], run["lr"]): run for run in metrics["runs"] if run["arm"] == "baseline" and run["difficulty"] == m}
+        for arm in [arm for arm in best if arm != "baseline" and base]:
+            for run in (run for lr in args["lr"] for run in mine(arm, lr, m)):
+                other = base[run["seed"], run["lr"]]
+                if other["final_weights_score"] is not None:
+                    f.plot(
+                        other["final_weights_score"] - other["initial_weights_score"],
+                        length(other) - length(run),
+                        "o",
+                        ms=4,
+                        color=colours[arm],
+                    )
+    f.axhline(0, color="black", lw=1)
+    f.axvline(0, color="black", ls="--", lw=1)
+    f.set(
+        title="(f) Gain against the baseline's dysfunction, all runs and rates",
+        xlabel="baseline's weights score, end minus start",
+        ylabel="steps saved (same seed, same rate)",
+    )
+    probes.write_aside(path, lambda aside: figure.savefig(aside, dpi=110))
+    plt.close(figure)
+
+
+def main() -> None:
+    args = arguments()
+    out = Path(args.out)
+    try:
+        probes.prepare_out(out)
+        if not args.replot:
+            train(args, out)
+        plot(probes.read_metrics(out), out / "figure.png")
+    except UsageError as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
