@@ -88,6 +88,8 @@ def arguments() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if args.d_model % args.n_head:
         parser.error(f"--n-head {args.n_head}: must divide --d-model {args.d_model}")
+    if min(args.weight) < 0:
+        parser.error(f"--weight {min(args.weight):g}: must not be negative")
     return args
 
 

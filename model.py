@@ -185,7 +185,7 @@ class Adam:
         self.clips = bool(torch.isfinite(self.clip).any())  # decided once: asking later would stall a GPU
         self.mean = [torch.zeros_like(p) for p in self.params]
         self.square = [torch.zeros_like(p) for p in self.params]
-        self.count = torch.zeros((), device=like.device)
+        self.count = [torch.zeros(like.shape[0], 1, 1, device=like.device) for _ in self.params]
 
     @torch.no_grad()
     def step(self) -> None:
@@ -194,18 +194,24 @@ class Adam:
             norm = sum(g.square().sum((1, 2), keepdim=True) for g in grads).sqrt()
             for g in grads:
                 g.mul_((self.clip / norm).clamp(max=1.0))
-        self.count += 1
-        for p, g, mean, square in zip(self.params, grads, self.mean, self.square):
-            adam_update(p, g, mean, square, self.count, self.lr, self.eps, self.weight_decay, *self.betas)
+        for p, g, mean, square, count in zip(self.params, grads, self.mean, self.square, self.count):
+            count += 1
+            adam_update(p, g, mean, square, count, self.lr, self.eps, self.weight_decay, *self.betas)
             p.grad = None
+
+    @torch.no_grad()
+    def forget(self, param: int, run: int) -> None:
+        """Start afresh for one parameter of one run."""
+        for state in (self.mean, self.square, self.count):
+            state[param][run] = 0
 
     def state_dict(self) -> dict:
         return {"mean": self.mean, "square": self.square, "count": self.count}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        for ours, theirs in ((self.mean, state["mean"]), (self.square, state["square"]), ([self.count], [state["count"]])):
-            for a, b in zip(ours, theirs, strict=True):
+        for name, ours in self.state_dict().items():
+            for a, b in zip(ours, state[name], strict=True):
                 a.copy_(b)
 
 

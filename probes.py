@@ -182,7 +182,7 @@ class Record:
     may_change = ("out", "device", "resume", "replot", "max_minutes")  # flags that a resumed run may change
     kept = ("steps", "loss", "accuracy", "probe_steps", "scores", "by_position", "fresh_accuracy", "seconds")  # in the checkpoint
 
-    def __init__(self, args, runs: list[dict], world, model, optimizer, sequences: int = 64):
+    def __init__(self, args, runs: list[dict], world, model, optimizer, checkpoint: str = "checkpoint.pt", sequences: int = 64):
         self.args, self.runs, self.model, self.optimizer, self.budget = args, runs, model, optimizer, args.steps
         self.settings = {key: jsonable(value) for key, value in vars(args).items() if key not in self.may_change}
         self.due = sorted({round(i * args.steps / args.evaluations) for i in range(args.evaluations + 1)})
@@ -198,12 +198,13 @@ class Record:
         self.block = headline_block(model.config.n_layer)
         self.steps, self.loss, self.accuracy, self.probe_steps, self.scores = [], [], [], [], []
         self.by_position = self.fresh_accuracy = None
+        self.path = Path(args.out) / checkpoint
         self.seconds = {"total": 0.0, "probing": 0.0}
         self.warned: set[int] = set()
 
     def training_steps(self):
         """The steps to train, one by one. In between: measure, print, save a checkpoint every minute, stop at the time limit."""
-        path = Path(self.args.out) / "checkpoint.pt"
+        path = self.path
         first = self.load_checkpoint(path) if self.args.resume else 0
         print(f"{len(self.runs)} runs x {self.budget} steps: {self.settings}", flush=True)
         began = saved = time.perf_counter()
@@ -350,7 +351,7 @@ def summarise(runs: list[dict], budget: int, baseline: str = "baseline") -> list
     'at least'. best_lr marks the rate with the shortest median plateau of its arm and difficulty (ties: lowest final loss).
     """
     length = lambda run: budget if run["censored"] else run["plateau_length"]
-    key = lambda run: (run["arm"], run["difficulty"], run["lr"])
+    key = lambda run: (run["arm"], run["difficulty"], run["lr"], run.get("size"))
     rows = []
     for group in dict.fromkeys(map(key, runs)):
         mine = [run for run in runs if key(run) == group]
@@ -361,7 +362,7 @@ def summarise(runs: list[dict], budget: int, baseline: str = "baseline") -> list
         paired = [length(run) - length(base[run["seed"]]) for run in mine if run["seed"] in base and group[0] != baseline]
         final = [run["loss"][-1] if run["loss"][-1] is not None else math.inf for run in mine]
         rows.append({
-            "arm": group[0], "difficulty": group[1], "lr": group[2], "n": len(mine),
+            "arm": group[0], "difficulty": group[1], "lr": group[2], "size": group[3], "n": len(mine),
             "plateau_length_median": statistics.median(map(length, mine)),
             "plateau_lengths": [run["plateau_length"] for run in mine], "censored": sum(run["censored"] for run in mine),
             "weights_score_change_median": statistics.median(change) if change else None, "weights_score_changes": change,
@@ -369,7 +370,7 @@ def summarise(runs: list[dict], budget: int, baseline: str = "baseline") -> list
             "paired_difference_median": statistics.median(paired) if paired else None, "paired_differences": paired,
         })  # fmt: skip
     for row in rows:
-        rivals = [r for r in rows if (r["arm"], r["difficulty"]) == (row["arm"], row["difficulty"])]
+        rivals = [r for r in rows if all(r[k] == row[k] for k in ("arm", "difficulty", "size"))]
         rank = lambda r: (r["plateau_length_median"], r["final_loss_median"] or math.inf)
         row["best_lr"] = rank(row) == min(map(rank, rivals))
     return rows

@@ -125,10 +125,13 @@ class Shapes:
         return key.masked_fill(value >= size, (1 << 63) - 1).argsort(-1)
 
     def sample(self, seed, m, number, n: int, held_out: bool = False) -> Sequences:
-        """The sequences with these numbers. seed (r,), m (r,) mappings in play, number (r, b)."""
+        """The sequences with these numbers. seed (r,), m (r,) or (r, b) mappings in play, number (r, b).
+
+        Only the mapping depends on m: the same number asks the same factor of the same images at every difficulty.
+        """
         seed, pool = seed[:, None], self.test if held_out else self.train
         asked = random_int(len(self.asked), seed, ASKED, number)
-        mapping = random_int(m[:, None], seed, MAPPING, number)
+        mapping = random_int(m if m.dim() == 2 else m[:, None], seed, MAPPING, number)
         image = pool[distinct(len(pool), n, seed, IMAGES, number)]
         values = self.values[image]
         column = torch.tensor(self.asked, device=image.device)[asked]
@@ -257,12 +260,12 @@ def image(values: np.ndarray, masks: np.ndarray) -> np.ndarray:
     return np.einsum("...syx,...sc->...cyx", masks[geometry], hue_colours()[values[..., :3]])
 
 
-def code(values: np.ndarray, sizes: tuple[int, ...], width: int, gain: float) -> np.ndarray:
+def code(values: np.ndarray, sizes: tuple[int, ...], width: int, gain: float, seed: int = 0) -> np.ndarray:
     """A fixed random two-layer tanh network of the factor values: (image, 6) -> (image, width).
 
     gain is the entanglement: near 0 the code is linear in the one-hot values, a large one folds the factors into each other.
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     varying = [f for f, size in enumerate(sizes) if size > 1]
     one_hot = np.concatenate([np.eye(sizes[f])[values[:, f]] for f in varying], 1)
     h = np.tanh(gain * one_hot @ rng.normal(size=(one_hot.shape[1], width)) / len(varying) ** 0.5)
@@ -308,7 +311,7 @@ def load_embedding(path: str) -> np.ndarray:
     return table
 
 
-def shapes(factors=SIZES, ask=(), embedding="code", code_width=32, code_gain=2.0, device="cpu", cache="out/cache") -> Shapes:
+def shapes(factors=SIZES, ask=(), embedding="code", code_width=32, code_gain=2.0, device="cpu", cache="out/cache", code_seed=0) -> Shapes:
     """Build the image world. factors: values per factor; ask: names of the factors that may be asked (default: all that vary).
 
     Raises UsageError, naming the flag, for counts, names or files that cannot be served.
@@ -324,7 +327,7 @@ def shapes(factors=SIZES, ask=(), embedding="code", code_width=32, code_gain=2.0
     spread = [np.arange(n) * s // n if f < 3 else np.linspace(0, s - 1, n).round() for f, (n, s) in enumerate(zip(factors, SIZES))]
     full = np.stack([np.asarray(spread[f], int)[grid[:, f]] for f in range(6)], -1)
     if embedding == "code":
-        table = code(grid, factors, code_width, code_gain)
+        table = code(grid, factors, code_width, code_gain, code_seed)
     elif embedding == "pixels":
         table = image(full, render()).reshape(-1, 768)
     elif embedding == "vae":

@@ -1,0 +1,242 @@
+"""Mixed training: a part of every batch is an easy task (claim 6; the paper's Fig. 5B).
+
+    python exp_mixture.py                                        hardest task, laptop scale
+    python exp_mixture.py --difficulty 64 --fraction 0 0.5       another target
+    python exp_mixture.py --mix easy unrelated                   is it the easy task, or any second task?
+    python exp_mixture.py --n-layer 1 2 3 --fraction 0 0.5       smaller models with and without mixing
+    python exp_mixture.py --lr 5e-4 1e-3 2e-3                    every arm also at its own best learning rate
+
+A fraction of the sequences of every batch is drawn at --easy-difficulty, the rest at --difficulty; the batch stays the same size.
+  easy       the same images and factors with few mappings
+  unrelated  the easy task on another world: the same grid in a different, unrelated code. Task diversity without the weights
+             component that the target needs (the explanation of Kim et al., arXiv 2410.05448)
+All runs are judged on the plain target task, never on the mixture.
+"""
+
+import argparse
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+import probes
+from model import GPT, Adam, Config, autocast, compile_blocks, pick_device
+from tasks import FACTORS, SIZES, UsageError, mappings, parse_difficulty, sequence_numbers, shapes
+
+SCALES = {  # defaults only: any flag overrides them
+    "laptop": dict(fraction=[0, 0.25, 0.5, 0.75], difficulty=[math.inf], lr=[1e-3], factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5,
+                   steps=2500, batch=48, pairs=12, n_layer=[3], n_head=2, d_model=[64], sequences=0, evaluations=100, probes=10),
+    "paper": dict(fraction=[0, 0.25, 0.5, 0.75], difficulty=[20000], lr=[1e-4], factors=SIZES, ask=FACTORS, code_width=768, code_gain=3.0,
+                  steps=46860, batch=128, pairs=40, n_layer=[12], n_head=4, d_model=[128], sequences=100_000, evaluations=240, probes=30),
+}  # fmt: skip
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags], explained by -h", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument("--seeds", type=int, default=3, help="runs per arm, seeds 0 .. n-1 (default 3)")
+    run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
+    run.add_argument("--out", default="out/mixture", help="folder of metrics.json, figure.png, checkpoint.pt")
+    run.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+    run.add_argument("--replot", action="store_true", help="redraw figure.png from metrics.json, train nothing")
+    run.add_argument("--max-minutes", type=float, default=math.inf, help="stop cleanly after this long; --resume continues")
+    run.add_argument("--scale", choices=SCALES, default="laptop", help="which set of defaults (any flag overrides)")
+    run.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of training; measures are always fp32")
+    run.add_argument("--no-compile", action="store_true", help="train without torch.compile")
+    exp = parser.add_argument_group("experiment")
+    exp.add_argument("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, one or several; inf = always fresh")
+    exp.add_argument("--easy-difficulty", type=parse_difficulty, default=1.0, help="mappings in play in the easy part (default 1)")
+    exp.add_argument("--fraction", type=float, nargs="+", help="part of every batch that is easy; 0 = baseline")
+    exp.add_argument("--mix", choices=("easy", "unrelated"), nargs="+", default=["easy"], help="what is mixed in (default easy)")
+    exp.add_argument("--lr", type=float, nargs="+", help="Adam's learning rate, one or several")
+    exp.add_argument("--embedding", default="code", help="pixels, code, vae, or a file.npz in the paper's layout (default code)")
+    exp.add_argument("--code-width", type=int, help="dimensions of the code embedding")
+    exp.add_argument("--code-gain", type=float, help="entanglement of the code embedding")
+    exp.add_argument("--factors", type=int, nargs=6, help="values per factor, 1 = constant")
+    exp.add_argument("--ask", choices=FACTORS, nargs="+", help="factors that may be asked; the others only vary")
+    exp.add_argument("--steps", type=int, help="training steps, the budget")
+    exp.add_argument("--batch", type=int, help="sequences per step")
+    exp.add_argument("--pairs", type=int, help="(image, label) pairs per sequence")
+    exp.add_argument("--sequences", type=int, help="size of the training set of sequences, 0 = always fresh")
+    exp.add_argument("--n-layer", type=int, nargs="+", help="blocks; several = one program each")
+    exp.add_argument("--n-head", type=int, help="attention heads")
+    exp.add_argument("--d-model", type=int, nargs="+", help="width; several = one program each")
+    exp.add_argument("--evaluations", type=int, help="points of a curve")
+    exp.add_argument("--probes", type=int, help="times the states are probed, after the start")
+    args = parser.parse_args()
+    for name, value in SCALES[args.scale].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("seeds", "steps", "batch", "pairs", "n_layer", "n_head", "d_model", "evaluations", "probes", "code_width"):
+        if np.min(getattr(args, name)) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    for d_model in args.d_model:
+        if d_model % args.n_head:
+            parser.error(f"--n-head {args.n_head}: must divide --d-model {d_model}")
+    if not all(0 <= f <= 1 and f * args.batch == round(f * args.batch) for f in args.fraction):
+        parser.error(f"--fraction {args.fraction}: must lie in 0 .. 1 and make a whole number of the {args.batch} sequences of a --batch")
+    if args.easy_difficulty >= min(args.difficulty):
+        parser.error(f"--easy-difficulty {args.easy_difficulty:g}: must be easier than every --difficulty")
+    return args
+
+
+def train(args: argparse.Namespace, out: Path) -> None:
+    device, args.precision = pick_device(args.device, args.precision)
+    parts = []
+    for n_layer, d_model in itertools.product(args.n_layer, args.d_model):  # width and depth cannot differ inside one program
+        parts.append(train_size(args, n_layer, d_model, device))
+        if not parts[-1]["finished"]:
+            break
+    metrics = {**parts[0], "finished": all(part["finished"] for part in parts), "runs": sum((part["runs"] for part in parts), [])}
+    metrics["summary"] = probes.summarise(metrics["runs"], args.steps)
+    probes.save_json(out / "metrics.json", metrics)
+    probes.report(metrics)
+
+
+def train_size(args: argparse.Namespace, n_layer: int, d_model: int, device: torch.device) -> dict:
+    world = shapes(args.factors, args.ask, args.embedding, args.code_width, args.code_gain, device)
+    foreign = shapes(args.factors, args.ask, "code", world.table.shape[1], args.code_gain, device, code_seed=1)
+    size = f"{n_layer} x {d_model}"
+    runs = [dict(**arm, size=size, difficulty=m, lr=lr, seed=s) for m in args.difficulty for arm in arms(args) for lr in args.lr
+            for s in range(args.seeds)]  # fmt: skip
+    column = lambda key: [run[key] for run in runs]
+    seed, target, easy = (
+        torch.tensor(column("seed"), device=device),
+        mappings(column("difficulty"), device),
+        mappings([args.easy_difficulty], device),
+    )
+    count = torch.tensor([round(run["fraction"] * args.batch) for run in runs], device=device)[:, None]
+    unrelated = torch.tensor([run["mix"] == "unrelated" for run in runs], device=device)[:, None]
+    model = GPT(Config(d_x=world.table.shape[1], d_y=world.n_label, n_pair=args.pairs, n_layer=n_layer,
+                       n_head=args.n_head, d_model=d_model), column("seed")).to(device)  # fmt: skip
+    optimizer = Adam(model, column("lr"))
+    record = probes.Record(args, runs, world, model, optimizer, f"checkpoint-{n_layer}x{d_model}.pt")
+    if not args.no_compile:
+        compile_blocks(model)
+
+    for step in record.training_steps():
+        mixed = torch.arange(args.batch, device=device) < count  # (r, b): the first sequences of every batch
+        m = torch.where(mixed, easy, target[:, None])  # (r, b): the mixture
+        batch = world.sample(seed, m, sequence_numbers(seed, step, args.batch, args.sequences), args.pairs)
+        x = torch.where((mixed & unrelated)[..., None, None], foreign.table[batch.image], batch.x)
+        with autocast(device, args.precision):
+            logits = model(x, F.one_hot(batch.label, world.n_label).float())
+        loss = probes.label_loss(logits, batch.label).mean((1, 2))  # (r,), one mean per run
+        loss.sum().backward()  # nothing crosses the run axis: the sum's gradient is each run's own
+        optimizer.step()
+    return record.metrics(device)
+
+
+def arms(args: argparse.Namespace) -> list[dict]:
+    """Every fraction with every --mix; fraction 0 is the one baseline."""
+    out = [dict(arm="baseline", fraction=0.0, mix="easy")] if 0 in args.fraction else []
+    return out + [dict(arm=f"{f:.0%} {mix}", fraction=f, mix=mix) for mix in args.mix for f in args.fraction if f]
+
+
+# ---------------------------------------------------------------------------------------------- the picture
+
+
+def plot(metrics: dict, path: Path) -> None:
+    args, block, summary = metrics["args"], metrics["headline_block"], metrics["summary"]
+    hardest = metrics["runs"][-1]["difficulty"]
+    best = {row["arm"]: row["lr"] for row in summary if row["best_lr"] and row["difficulty"] == hardest}
+    colours = dict(zip(best, ["black", *plt.cm.tab10.colors, *plt.cm.Set2.colors]))
+    mine = lambda arm, lr, m=hardest: [run for run in metrics["runs"] if (run["arm"], run["lr"], run["difficulty"]) == (arm, lr, m)]
+    groups = {f"{arm} (lr {lr:g})" if len(args["lr"]) > 1 else arm: (colours[arm], mine(arm, lr)) for arm, lr in best.items()}
+    budget = metrics["runs"][0]["steps"][-1]
+    length = lambda run: budget if run["censored"] else run["plateau_length"]
+    figure, ((a, b, c), (d, e, f)) = plt.subplots(2, 3, figsize=(15, 8.4), layout="constrained")
+
+    level = metrics["reference"][str(hardest)]
+    probes.curves(a, groups, "steps", lambda run: run["loss"])
+    for value, text in ((level["no_context_loss"], "best without context"), (level["bayes_loss"], "exact Bayes")):
+        a.axhline(value, color="black", ls="--", lw=1)
+        a.text(budget, value, text, ha="right", va="bottom", fontsize=8)
+    a.axhline(probes.ESCAPE * level["no_context_loss"], color="black", ls=":", lw=1)
+    a.set(
+        title=f"(a) Target task, m = {hardest}, each arm at its best rate".replace("inf", "\u221e"),
+        xlabel="step",
+        ylabel="held-out loss",
+        xlim=0,
+    )
+    a.legend(fontsize=7)
+    score = lambda key: lambda run: [row[block] for row in run[key]]
+    probes.curves(b, groups, "probe_steps", score("weights_score"))
+    b.axhline(np.median([run["initial_weights_score"] for run in metrics["runs"]]), color="black", ls="--", lw=1)
+    b.set(title=f"(b) Weights component (block {block + 1}); dashed: at initialisation", xlabel="step", ylabel="weights score", xlim=0)
+    probes.curves(c, groups, "probe_steps", score("spread"))
+    c.set(title="(c) Spread of the states: drowning", xlabel="step", ylabel="spread", xlim=0, yscale="log")
+
+    for place, (arm, lr) in enumerate(best.items()):
+        for run in mine(arm, lr):
+            shift = 0.08 * (run["seed"] - args["seeds"] / 2)
+            d.plot(
+                length(run),
+                place + shift,
+                "^" if run["censored"] else "o",
+                color=colours[arm],
+                mfc="none" if run["censored"] else None,
+                ms=5,
+            )
+        d.plot(np.median(list(map(length, mine(arm, lr)))), place, "|", color=colours[arm], ms=26, mew=3)
+    d.set_yticks(range(len(best)), list(groups))
+    d.invert_yaxis()
+    d.set(title="(d) Plateau length at each arm's best rate (\u25b3 = never)", xlabel="steps", xlim=(0, 1.05 * budget))
+    for arm, colour in colours.items():
+        e.plot(args["lr"], [np.median(list(map(length, mine(arm, lr)))) for lr in args["lr"]], "o-", color=colour, label=arm)
+    e.set(
+        title="(e) Plateau length against learning rate (median)",
+        xlabel="learning rate",
+        ylabel="steps",
+        xscale="log",
+        ylim=(0, 1.05 * budget),
+    )
+    for m in dict.fromkeys(run["difficulty"] for run in metrics["runs"]):
+        base = {(run["seed"], run["lr"]): run for run in metrics["runs"] if run["arm"] == "baseline" and run["difficulty"] == m}
+        for arm in [arm for arm in best if arm != "baseline" and base]:
+            for run in (run for lr in args["lr"] for run in mine(arm, lr, m)):
+                other = base[run["seed"], run["lr"]]
+                if other["final_weights_score"] is not None:
+                    f.plot(
+                        other["final_weights_score"] - other["initial_weights_score"],
+                        length(other) - length(run),
+                        "o",
+                        ms=4,
+                        color=colours[arm],
+                    )
+    f.axhline(0, color="black", lw=1)
+    f.axvline(0, color="black", ls="--", lw=1)
+    f.set(
+        title="(f) Gain against the baseline's dysfunction, all runs and rates",
+        xlabel="baseline's weights score, end minus start",
+        ylabel="steps saved (same seed, same rate)",
+    )
+    probes.write_aside(path, lambda aside: figure.savefig(aside, dpi=110))
+    plt.close(figure)
+
+
+def main() -> None:
+    args = arguments()
+    out = Path(args.out)
+    try:
+        probes.prepare_out(out)
+        if not args.replot:
+            train(args, out)
+        plot(probes.read_metrics(out), out / "figure.png")
+    except UsageError as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
