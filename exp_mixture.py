@@ -94,7 +94,9 @@ def train(args: argparse.Namespace, out: Path) -> None:
     device, args.precision = pick_device(args.device, args.precision)
     parts = []
     for n_layer, d_model in itertools.product(args.n_layer, args.d_model):  # width and depth cannot differ inside one program
-        parts.append(train_size(args, n_layer, d_model, device))
+        name = f"checkpoint-{n_layer}x{d_model}.pt"
+        args.resume = args.resume and (not parts or (out / name).exists())  # stopped before this size: start it
+        parts.append(train_size(args, n_layer, d_model, device, name))
         if not parts[-1]["finished"]:
             break
     metrics = {**parts[0], "finished": all(part["finished"] for part in parts), "runs": sum((part["runs"] for part in parts), [])}
@@ -103,7 +105,7 @@ def train(args: argparse.Namespace, out: Path) -> None:
     probes.report(metrics)
 
 
-def train_size(args: argparse.Namespace, n_layer: int, d_model: int, device: torch.device) -> dict:
+def train_size(args: argparse.Namespace, n_layer: int, d_model: int, device: torch.device, checkpoint: str) -> dict:
     world = shapes(args.factors, args.ask, args.embedding, args.code_width, args.code_gain, device)
     foreign = shapes(args.factors, args.ask, "code", world.table.shape[1], args.code_gain, device, code_seed=1)
     size = f"{n_layer} x {d_model}"
@@ -115,17 +117,16 @@ def train_size(args: argparse.Namespace, n_layer: int, d_model: int, device: tor
         mappings(column("difficulty"), device),
         mappings([args.easy_difficulty], device),
     )
-    count = torch.tensor([round(run["fraction"] * args.batch) for run in runs], device=device)[:, None]
+    mixed = easy_rows(column("fraction"), args.batch).to(device)
     unrelated = torch.tensor([run["mix"] == "unrelated" for run in runs], device=device)[:, None]
     model = GPT(Config(d_x=world.table.shape[1], d_y=world.n_label, n_pair=args.pairs, n_layer=n_layer,
                        n_head=args.n_head, d_model=d_model), column("seed")).to(device)  # fmt: skip
     optimizer = Adam(model, column("lr"))
-    record = probes.Record(args, runs, world, model, optimizer, f"checkpoint-{n_layer}x{d_model}.pt")
+    record = probes.Record(args, runs, world, model, optimizer, checkpoint)
     if not args.no_compile:
         compile_blocks(model)
 
     for step in record.training_steps():
-        mixed = torch.arange(args.batch, device=device) < count  # (r, b): the first sequences of every batch
         m = torch.where(mixed, easy, target[:, None])  # (r, b): the mixture
         batch = world.sample(seed, m, sequence_numbers(seed, step, args.batch, args.sequences), args.pairs)
         x = torch.where((mixed & unrelated)[..., None, None], foreign.table[batch.image], batch.x)
@@ -135,6 +136,11 @@ def train_size(args: argparse.Namespace, n_layer: int, d_model: int, device: tor
         loss.sum().backward()  # nothing crosses the run axis: the sum's gradient is each run's own
         optimizer.step()
     return record.metrics(device)
+
+
+def easy_rows(fractions: list[float], batch: int) -> torch.Tensor:
+    """Which sequences of a batch are easy, (r, batch): the first ones, exactly the stated fraction."""
+    return torch.arange(batch) < torch.tensor([round(f * batch) for f in fractions])[:, None]
 
 
 def arms(args: argparse.Namespace) -> list[dict]:

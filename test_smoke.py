@@ -442,26 +442,109 @@ def test_exp_plateau_end_to_end_and_resume_equals_unbroken(tmp_path):
     assert "--batch" in wrong.stderr and science(tmp_path / "b") == whole
 
 
-@pytest.mark.parametrize(
-    "flags, named",
-    [
-        ("--difficulty 0", "--difficulty"),
-        ("--difficulty 1.5", "--difficulty"),
-        ("--factors 4 4 4 4 5 1", "--factors"),
-        ("--ask orientation", "--ask"),
-        ("--embedding nowhere.npz", "--embedding"),
-        ("--n-head 3", "--n-head"),
-        ("--seeds 0", "--seeds"),
-        ("--device cuda:77", "--device"),
-        ("--resume", "--resume"),
-        ("--replot", "--replot"),
-        ("--no-such-flag", "--no-such-flag"),
-        ("--out requirements.txt/x", "--out"),
-    ],
-)
-@pytest.mark.parametrize("script", ["exp_plateau.py"])
+def weights_of(folder: Path, checkpoint: str = "checkpoint.pt") -> dict:
+    return torch.load(folder / checkpoint, weights_only=True)["model"]
+
+
+def test_before_its_switch_a_warm_up_run_is_the_easy_run_and_after_it_is_not(tmp_path):
+    run(f"exp_plateau.py {SMALL} --difficulty 1 --max-minutes 0 --out {tmp_path}/easy")  # stops at step 3
+    flags = f"exp_warmup.py {SMALL} --difficulty inf --switch 0 3 5 --keep all early late --out {tmp_path}/warm"
+    run(f"{flags} --max-minutes 0")
+    easy, warm = weights_of(tmp_path / "easy"), weights_of(tmp_path / "warm")
+    assert all(torch.equal(warm[key][run : run + 2], easy[key]) for key in easy for run in range(2, 14, 2))
+    assert not torch.equal(warm["read_out.weight"][:2], easy["read_out.weight"])  # the baseline
+    run(f"{flags} --resume")
+    metrics = science(tmp_path / "warm")
+    arms = [row["arm"] for row in metrics["summary"]]
+    assert arms[:3] == ["baseline", "switch 3", "switch 5"] and "switch 5, keep late" in arms and len(arms) == 7
+    last = {row["arm"]: row["loss"][-1] for row in metrics["runs"]}
+    assert len(set(last.values())) == 7  # every arm went its own way
+    assert all(len(row["paired_differences"]) == 2 for row in metrics["summary"] if row["arm"] != "baseline")
+
+
+def test_reset_keeps_the_stated_part():
+    import exp_warmup
+
+    model = GPT(Config(**TINY), [0, 1, 2])
+    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = Adam(disturbed(model), 1e-3)
+    for mean in optimizer.mean:
+        mean += 1
+    warm = {name: p.detach().clone() for name, p in model.named_parameters()}
+    exp_warmup.reset(model, optimizer, initial, [1, 2], ["early", "early", "late"], last_early=0)
+    for (name, p), mean in zip(model.named_parameters(), optimizer.mean):
+        early = name.startswith(("read_in", "position", "blocks.0"))
+        assert torch.equal(p[0], warm[name][0])
+        assert torch.equal(p[1], (warm if early else initial)[name][1]) and torch.equal(p[2], (initial if early else warm)[name][2])
+        assert mean[1].max() == (1 if early else 0) and mean[0].min() == 1
+
+
+def test_arms_that_do_nothing_are_the_baseline_bit_for_bit(tmp_path):
+    run(f"exp_plateau.py {SMALL} --difficulty 1 inf --out {tmp_path}/plain")
+    easy, hard = weights_of(tmp_path / "plain")["read_out.weight"].split(2)
+    run(f"exp_mixture.py {SMALL} --difficulty inf --fraction 0 0.5 1 --mix easy unrelated --out {tmp_path}/mixture")
+    mixture = weights_of(tmp_path / "mixture", "checkpoint-2x16.pt")["read_out.weight"].split(2)
+    names = [row["arm"] for row in science(tmp_path / "mixture")["summary"]]
+    assert names == ["baseline", "50% easy", "100% easy", "50% unrelated", "100% unrelated"]
+    assert torch.equal(mixture[0], hard) and torch.equal(mixture[2], easy)
+    assert not any(torch.equal(a, b) for i, a in enumerate(mixture) for b in mixture[:i])
+    arms = "none weights:0 weights context shuffled norm decay clip:0.01 epsilon weights+norm"
+    run(f"exp_aux_loss.py {SMALL} --difficulty inf --loss {arms} --out {tmp_path}/aux")
+    aux = weights_of(tmp_path / "aux")["read_out.weight"].split(2)
+    assert torch.equal(aux[0], hard) and torch.equal(aux[1], hard)
+    assert not any(torch.equal(a, b) for i, a in enumerate(aux[1:]) for b in aux[1 : i + 1])
+    summary = science(tmp_path / "aux")["summary"]
+    assert [row["arm"] for row in summary][-1] == "weights:0.1+norm:0.01" and summary[1]["paired_differences"] == [0, 0]
+
+
+def test_a_mixed_batch_holds_exactly_the_stated_fraction():
+    import exp_mixture
+
+    assert exp_mixture.easy_rows([0.0, 0.25, 0.5, 1.0], 48).sum(1).tolist() == [0, 12, 24, 48]
+
+
+def test_several_sizes_make_several_programs(tmp_path):
+    flags = f"exp_mixture.py {SMALL} --difficulty inf --fraction 0 0.5 --n-layer 1 2 --out {tmp_path}"
+    run(flags)
+    whole = science(tmp_path)
+    assert len(whole["runs"]) == 8 and {row["size"] for row in whole["summary"]} == {"1 x 16", "2 x 16"}
+    (tmp_path / "metrics.json").unlink()
+    (tmp_path / "checkpoint-2x16.pt").unlink()
+    run(f"{flags} --resume")
+    assert science(tmp_path) == whole
+
+
+COMMON = [
+    ("--difficulty 0", "--difficulty"),
+    ("--difficulty 1.5", "--difficulty"),
+    ("--factors 4 4 4 4 5 1", "--factors"),
+    ("--ask orientation", "--ask"),
+    ("--embedding nowhere.npz", "--embedding"),
+    ("--n-head 3", "--n-head"),
+    ("--seeds 0", "--seeds"),
+    ("--device cuda:77", "--device"),
+    ("--resume", "--resume"),
+    ("--replot", "--replot"),
+    ("--no-such-flag", "--no-such-flag"),
+    ("--out requirements.txt/x", "--out"),
+]
+OWN = [
+    ("exp_warmup.py", "--switch 12", "--switch"),
+    ("exp_warmup.py", "--difficulty 10 --warmup-difficulty 10", "--warmup-difficulty"),
+    ("exp_mixture.py", "--fraction 1.5", "--fraction"),
+    ("exp_mixture.py", "--fraction 0.3", "--fraction"),
+    ("exp_mixture.py", "--difficulty 10 --easy-difficulty inf", "--easy-difficulty"),
+    ("exp_aux_loss.py", "--weight -1", "--weight"),
+    ("exp_aux_loss.py", "--loss weights:-1", "--loss"),
+    ("exp_aux_loss.py", "--loss magic", "--loss"),
+]
+EVERYWHERE = [(script, "--seeds 0", "--seeds") for script in ("exp_warmup.py", "exp_mixture.py", "exp_aux_loss.py")]
+
+
+@pytest.mark.parametrize("script, flags, named", [("exp_plateau.py", *case) for case in COMMON] + OWN + EVERYWHERE)
 def test_wrong_input_ends_in_one_line_that_names_the_flag(script, flags, named, tmp_path):
-    done = run(f"{script} {SMALL} --out {tmp_path}/x {flags}", expect=2)
+    small = f"{SMALL} " + ("--switch 0 5" if script == "exp_warmup.py" else "--fraction 0 0.5" if script == "exp_mixture.py" else "")
+    done = run(f"{script} {small} --out {tmp_path}/x {flags}", expect=2)
     assert named in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
     assert not (tmp_path / "x" / "metrics.json").exists()
 
@@ -471,5 +554,6 @@ COMMANDS = re.findall(r"^ *(?:python )(exp_\w+\.py[^\n#]*)", (HERE / "README.md"
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))
 def test_every_command_of_the_readme_runs(command, tmp_path):
-    run(f"{command.strip()} {SMALL} --out {tmp_path}")
+    switch = "--switch 0 5" if "exp_warmup" in command else ""
+    run(f"{command.strip()} {SMALL} {switch} --out {tmp_path}")
     assert (tmp_path / "figure.png").exists()
