@@ -36,10 +36,12 @@ LOSSES = dict(
 )  # default weight; None: --weight
 
 SCALES = {  # defaults only: any flag overrides them
-    "laptop": dict(difficulty=[math.inf], lr=[1e-3], factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5,
-                   steps=2500, batch=48, pairs=12, n_layer=3, n_head=2, d_model=64, sequences=0, evaluations=100, probes=10),
-    "paper": dict(difficulty=[20000], lr=[1e-4], factors=SIZES, ask=FACTORS, code_width=768, code_gain=3.0,
-                  steps=46860, batch=128, pairs=40, n_layer=12, n_head=4, d_model=128, sequences=100_000, evaluations=240, probes=30),
+    "laptop": dict(difficulty=[math.inf], lr=[2e-3],
+                   factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5, sequences=0, steps=2500, batch=48, pairs=12,
+                   n_layer=3, n_head=2, d_model=64, evaluations=100, probes=10),
+    "paper": dict(difficulty=[20000], lr=[1e-4],
+                  factors=SIZES, ask=FACTORS, code_width=768, code_gain=2.5, sequences=100_000, steps=46860, batch=128, pairs=40,
+                  n_layer=12, n_head=4, d_model=128, evaluations=240, probes=30),
 }  # fmt: skip
 
 
@@ -108,16 +110,16 @@ def parse_arm(text: str) -> str:
 
 
 def arms(args: argparse.Namespace) -> list[dict]:
-    """--loss and --weight spelled out: {"arm": "weights:0.1", "loss": {"weights": 0.1}} and so on; `none` is the baseline."""
+    """--loss and --weight spelled out: {"arm": "weights:0.1", "extra": {"weights": 0.1}} and so on; `none` is the baseline."""
     out = []
     for text in args.loss:
         for default in args.weight:
-            loss = {}
+            extra = {}
             for part in text.split("+"):
                 name, _, weight = part.partition(":")
-                loss[name] = float(weight) if weight else default if LOSSES[name] is None else LOSSES[name]
-            name = "baseline" if set(loss) == {"none"} else "+".join(f"{k}:{v:g}" for k, v in loss.items())
-            out.append({"arm": name, "loss": loss})
+                extra[name] = float(weight) if weight else default if LOSSES[name] is None else LOSSES[name]
+            name = "baseline" if set(extra) == {"none"} else "+".join(f"{k}:{v:g}" for k, v in extra.items())
+            out.append({"arm": name, "extra": extra})
     return list({arm["arm"]: arm for arm in out}.values())  # --weight changes only some of them: each arm once
 
 
@@ -128,7 +130,7 @@ def train(args: argparse.Namespace, out: Path) -> None:
         dict(**arm, difficulty=m, lr=lr, seed=s) for m in args.difficulty for arm in arms(args) for lr in args.lr for s in range(args.seeds)
     ]
     column = lambda key: [run[key] for run in runs]
-    weight = lambda name, absent=0.0: torch.tensor([run["loss"].get(name, absent) for run in runs], device=device)
+    weight = lambda name, absent=0.0: torch.tensor([run["extra"].get(name, absent) for run in runs], device=device)
     seed, m = torch.tensor(column("seed"), device=device), mappings(column("difficulty"), device)
     model = GPT(Config(d_x=world.table.shape[1], d_y=world.n_label, n_pair=args.pairs, n_layer=args.n_layer,
                        n_head=args.n_head, d_model=args.d_model), column("seed"))  # fmt: skip

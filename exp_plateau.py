@@ -25,10 +25,12 @@ from model import GPT, Adam, Config, autocast, compile_blocks, pick_device
 from tasks import FACTORS, SIZES, UsageError, image, mappings, parse_difficulty, render, sequence_numbers, shapes
 
 SCALES = {  # defaults only: any flag overrides them
-    "laptop": dict(difficulty=[1, 8, 64, math.inf], lr=[1e-3], factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5,
-                   steps=2500, batch=48, pairs=12, n_layer=3, n_head=2, d_model=64, sequences=0, evaluations=100, probes=10),
-    "paper": dict(difficulty=[1, 10, 100, 1000, 5000, 20000, math.inf], lr=[1e-4], factors=SIZES, ask=FACTORS, code_width=768, code_gain=3.0,
-                  steps=46860, batch=128, pairs=40, n_layer=12, n_head=4, d_model=128, sequences=100_000, evaluations=240, probes=30),
+    "laptop": dict(difficulty=[1, 8, 64, math.inf], lr=[2e-3],
+                   factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5, sequences=0, steps=2500, batch=48, pairs=12,
+                   n_layer=3, n_head=2, d_model=64, evaluations=100, probes=10),
+    "paper": dict(difficulty=[1, 10, 100, 1000, 5000, 20000, math.inf], lr=[1e-4],
+                  factors=SIZES, ask=FACTORS, code_width=768, code_gain=2.5, sequences=100_000, steps=46860, batch=128, pairs=40,
+                  n_layer=12, n_head=4, d_model=128, evaluations=240, probes=30),
 }  # fmt: skip
 
 
@@ -120,8 +122,8 @@ def example(world, n: int) -> dict:
 
 def best_rate(metrics: dict) -> float:
     """The sweep's own best learning rate: shortest plateau, median over seeds, mean over difficulties (ties: final loss)."""
-    rate = lambda lr: [row for row in metrics["summary"] if row["lr"] == lr]
-    rank = lambda lr: [sum(row[key] or math.inf for row in rate(lr)) for key in ("plateau_length_median", "final_loss_median")]
+    total = lambda lr, key: sum(math.inf if row[key] is None else row[key] for row in metrics["summary"] if row["lr"] == lr)
+    rank = lambda lr: (total(lr, "plateau_length_median"), total(lr, "final_loss_median"))
     return min(metrics["args"]["lr"], key=rank)
 
 
@@ -139,6 +141,8 @@ def plot(metrics: dict, path: Path) -> None:
     (a, b, c), (d, e, f) = axes[:2]
     budget = runs[0]["steps"][-1]
     score = lambda key: lambda run: [row[block] for row in run[key]]
+    length = lambda run: budget if run["censored"] else run["plateau_length"]
+    change = lambda run: (run["final_weights_score"] or math.nan) - run["initial_weights_score"]
     start = float(np.median([run["initial_weights_score"] for run in runs]))
 
     probes.curves(a, groups, "steps", lambda run: [v and v / run["no_context_loss"] for v in run["loss"]])
@@ -157,34 +161,37 @@ def plot(metrics: dict, path: Path) -> None:
     probes.curves(b, groups, "probe_steps", score("weights_score"))
     b.axhline(start, color="black", ls="--", lw=1)
     b.axhspan(b.get_ylim()[0], start, color="tab:red", alpha=0.07, lw=0)
-    b.text(0, start, " at initialisation", va="bottom", fontsize=8)
+    b.text(budget, start, "at initialisation", ha="right", va="bottom", fontsize=8)
     b.set(title=f"(b) Weights component (block {block + 1}, no context)", xlabel="step", ylabel="weights score", xlim=0)
     b.legend(fontsize=8, title="mappings", title_fontsize=8)
 
     if "context_score" in runs[0]:
-        probes.curves(c, groups, "probe_steps", score("context_score"))
+        probes.curves(c, groups, "probe_steps", lambda run: [row[-1] for row in run["context_score"]])
     c.axhline(1 / len(args["ask"]), color="black", ls="--", lw=1, label="chance")
-    c.set(title=f"(c) Context component (block {block + 1})", xlabel="step", ylabel="which factor is asked: accuracy", xlim=0)
+    c.set(title="(c) Context component (last block)", xlabel="step", ylabel="which factor is asked: accuracy", xlim=0)
 
     place = np.arange(len(difficulties))
     end = lambda key: np.array([[run[key][-1][block] for run in runs if run["difficulty"] == m] for m in difficulties], float)
-    for key, colour, text in (("weights_score", "tab:blue", "score (the paper's probe)"), ("weights_score_identity", "tab:cyan", "score, attention = identity"),
-                              ("weights_score_converged", "tab:green", "converged probe")):  # fmt: skip
+    for key, (colour, text) in {
+        "weights_score": ("tab:blue", "score (the paper's probe)"),
+        "weights_score_identity": ("tab:cyan", "score, attention = identity"),
+        "weights_score_converged": ("tab:green", "converged probe"),
+    }.items():
         d.plot(place, np.median(end(key), 1), color=colour, lw=2, label=text)
         d.plot(place, end(key), ".", color=colour, ms=5, alpha=0.6)
     d.axhline(start, color="black", ls="--", lw=1)
     d.axhspan(d.get_ylim()[0], start, color="tab:red", alpha=0.07, lw=0, label="dysfunction: below initial")
     wide = d.twinx()
     wide.plot(place, np.median(end("spread"), 1), color="tab:orange", lw=1.5, ls="-.", label="spread of the states (right)")
-    wide.set(yscale="log", ylabel="spread")
+    wide.set(yscale="log", ylabel="spread", ylim=(1, 3 * max(wide.get_ylim())))
     d.set_xticks(place, [str(m).replace("inf", "\u221e") for m in difficulties])
     d.set(title="(d) Weights component at the end: lost or drowned?", xlabel="mappings m", ylabel="weights score")
+    d.set_ylim(d.get_ylim()[0], d.get_ylim()[1] + 0.55 * np.ptp(d.get_ylim()))  # room for the legend
     d.legend(*[sum(pair, []) for pair in zip(d.get_legend_handles_labels(), wide.get_legend_handles_labels())], fontsize=7)
 
     for run in runs:
-        change = run["final_weights_score"] - run["initial_weights_score"] if run["final_weights_score"] is not None else math.nan
         shape = dict(marker="^", facecolor="none") if run["censored"] else dict(marker="o")
-        e.scatter(change, budget if run["censored"] else run["plateau_length"], edgecolor=colours[run["difficulty"]],
+        e.scatter(change(run), length(run), edgecolor=colours[run["difficulty"]],
                   **{"facecolor": colours[run["difficulty"]], **shape})  # fmt: skip
     e.axvspan(min(e.get_xlim()[0], -0.02), 0, color="tab:red", alpha=0.07, lw=0)
     relation = metrics["weights_score_change_against_plateau_length"]
@@ -198,25 +205,29 @@ def plot(metrics: dict, path: Path) -> None:
         f.imshow(image(np.array(values), masks).transpose(1, 2, 0).clip(0, 1), extent=(x, x + 16, y, y + 16))
         f.text(x + 8, y - 3.5, f"label {label}", ha="center", va="center", fontsize=10)
     f.set(xlim=(-1, 71), ylim=(-31, 17))
-    f.set_title(f"(f) A sequence; it asks for {shown['asked'].replace('_', ' ')}, which nobody says")
+    f.set_title(f"(f) A sequence (asks for {shown['asked'].replace('_', ' ')})")
     f.axis("off")
 
     if several:
-        for ax, key, text in zip(
-            axes[2],
-            ("plateau_length", "weights", "spread"),
-            ("plateau length (steps)", "weights score, end minus start", "spread at the end"),
-        ):
-            value = {"plateau_length": lambda r: budget if r["censored"] else r["plateau_length"], "spread": lambda r: r["spread"][-1][block],
-                     "weights": lambda r: (r["final_weights_score"] or math.nan) - r["initial_weights_score"]}[key]  # fmt: skip
+        panels = {
+            "(g) plateau length (steps)": length,
+            "(h) weights score, end minus start": change,
+            "(i) spread of the states at the end": lambda run: run["spread"][-1][block],
+        }
+        for ax, (title, value) in zip(axes[2], panels.items()):
             for m, colour in colours.items():
                 points = [[value(run) for run in metrics["runs"] if (run["difficulty"], run["lr"]) == (m, rate)] for rate in args["lr"]]
                 ax.plot(args["lr"], points, ".", color=colour, alpha=0.6)
                 ax.plot(args["lr"], np.median(points, 1), color=colour, lw=2)
             ax.axvline(lr, color="black", ls=":", lw=1)
             ax.set(
-                xscale="log", yscale="log" if key == "spread" else "linear", xlabel="learning rate (dotted: best of the sweep)", ylabel=text
+                title=title,
+                xscale="log",
+                yscale="log" if "spread" in title else "linear",
+                xlabel="learning rate (dotted: the sweep's best)",
             )
+            ax.minorticks_off()
+            ax.set_xticks(args["lr"], [f"{rate:g}" for rate in args["lr"]])
     probes.write_aside(path, lambda aside: figure.savefig(aside, dpi=110))
     plt.close(figure)
 

@@ -108,12 +108,8 @@ def converged_probe(train, target, test, test_target, sizes: list[int], ridge: f
 def states(model, x: torch.Tensor, y: torch.Tensor | None = None, mixing: str = "attention") -> torch.Tensor:
     """States at the x positions after every block: x (r, b, n, d) -> (r, k, b, n, d_model), finite."""
     with torch.compiler.set_stance("force_eager"):
-        parts = [
-            model(*part, mixing=mixing, hidden=True)[1]
-            for part in zip(x.split(512, 1), y.split(512, 1) if y is not None else [None] * len(x[0]))
-        ]
-    per_part = [torch.stack([model.at_x(h, with_labels=y is not None) for h in part], 1) for part in parts]
-    return torch.cat(per_part, 2).nan_to_num()
+        hidden = model(x, y, mixing=mixing, hidden=True)[1]
+    return torch.stack([model.at_x(h, with_labels=y is not None) for h in hidden], 1).nan_to_num()
 
 
 class Prober:
@@ -201,6 +197,7 @@ class Record:
         self.path = Path(args.out) / checkpoint
         self.seconds = {"total": 0.0, "probing": 0.0}
         self.warned: set[int] = set()
+        self.mark = None
 
     def training_steps(self):
         """The steps to train, one by one. In between: measure, print, save a checkpoint every minute, stop at the time limit."""
@@ -250,8 +247,13 @@ class Record:
         for arm in dict.fromkeys(arms):
             median = [statistics.median(v for v, other in zip(values, arms) if other == arm) for values in (loss, accuracy, weights)]
             parts.append(f"{arm} {median[0]:.2f} {median[1]:3.0%} {median[2]:.2f}")
-        pace = seconds / (step - first) if step > first else 0
-        left = f"{1000 * pace:.0f} ms/step, {(self.budget - step) * pace / 60:.1f} min left" if pace else "(loss, accuracy, weights score)"
+        self.mark = self.mark or (step, seconds) if step > first else None  # the first interval holds the compilation
+        pace = (seconds - self.mark[1]) / (step - self.mark[0]) if self.mark and step > self.mark[0] else 0
+        left = (
+            f"{1000 * pace:.0f} ms/step, {(self.budget - step) * pace / 60:.1f} min left"
+            if pace
+            else "held-out loss, accuracy, weights score"
+        )
         return f"{step:6d} {step / self.budget:4.0%} | " + " | ".join(parts) + f" | {left}"
 
     def save_checkpoint(self, path: Path, step: int) -> None:

@@ -267,9 +267,14 @@ def code(values: np.ndarray, sizes: tuple[int, ...], width: int, gain: float, se
     """
     rng = np.random.default_rng(seed)
     varying = [f for f, size in enumerate(sizes) if size > 1]
-    one_hot = np.concatenate([np.eye(sizes[f])[values[:, f]] for f in varying], 1)
-    h = np.tanh(gain * one_hot @ rng.normal(size=(one_hot.shape[1], width)) / len(varying) ** 0.5)
-    return np.tanh(gain * h @ rng.normal(size=(width, width)) / width**0.5)
+    first = rng.normal(size=(sum(sizes[f] for f in varying), width)) / len(varying) ** 0.5
+    second = rng.normal(size=(width, width)) / width**0.5
+
+    def embed(part):
+        one_hot = np.concatenate([np.eye(sizes[f])[part[:, f]] for f in varying], 1)
+        return np.tanh(gain * np.tanh(gain * one_hot @ first) @ second)
+
+    return np.concatenate([embed(part) for part in np.array_split(values, -(-len(values) // 8192))])  # parts: little memory
 
 
 def vae(masks: np.ndarray, values: np.ndarray, latent: int = 64, steps: int = 3000, beta: float = 0.1) -> np.ndarray:
