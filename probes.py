@@ -410,9 +410,15 @@ def environment(device: torch.device, seconds: dict) -> dict:
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {
-        "commit": git.stdout.strip() or None, "argv": sys.argv, "python": platform.python_version(), "torch": torch.__version__,
-        "device": name, "seconds": round(seconds["total"], 1), "probing_seconds": round(seconds["probing"], 1), "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+        "commit": git.stdout.strip() or None,
+        "argv": sys.argv,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": name,
+        "seconds": round(seconds["total"], 1),
+        "probing_seconds": round(seconds["probing"], 1),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def write_aside(path: Path, write) -> None:
