@@ -36,6 +36,7 @@ from tasks import (
     render,
     sequence_numbers,
     shapes,
+    vae,
 )  # fmt: skip
 
 HERE = Path(__file__).parent
@@ -325,6 +326,13 @@ def test_code_is_entangled_by_its_gain():
     one_hot = np.concatenate([np.eye(n)[grid[:, f]] for f, n in enumerate(FEW)], 1)
     fit = lambda y: np.linalg.norm(y - one_hot @ np.linalg.lstsq(one_hot, y, rcond=None)[0]) / np.linalg.norm(y - y.mean(0))
     assert fit(code(grid, FEW, 16, 0.05)) < 0.01 < 0.2 < fit(code(grid, FEW, 16, 3.0))
+
+
+def test_vae_latents_are_repeatable_and_tell_images_apart():
+    world, masks = shapes((2, 2, 2, 1, 1, 1), embedding="pixels"), render()
+    one, two = (vae(masks, world.full.numpy(), latent=8, steps=30) for _ in range(2))
+    assert one.shape == (8, 8) and np.isfinite(one).all() and (one == two).all()
+    assert np.linalg.norm(one[:, None] - one[None], axis=-1)[~np.eye(8, dtype=bool)].min() > 1e-3
 
 
 @pytest.mark.parametrize(
