@@ -184,6 +184,7 @@ def plot(metrics: dict, path: Path) -> None:
     wide = d.twinx()
     wide.plot(place, np.median(end("spread"), 1), color="tab:orange", lw=1.5, ls="-.", label="spread of the states (right)")
     wide.set(yscale="log", ylabel="spread", ylim=(1, 3 * max(wide.get_ylim())))
+    d.set_yticks([tick for tick in d.get_yticks() if 0 <= tick <= 1])
     d.set_xticks(place, [str(m).replace("inf", "\u221e") for m in difficulties])
     d.set(title="(d) Weights component at the end: lost or drowned?", xlabel="mappings m", ylabel="weights score")
     d.set_ylim(d.get_ylim()[0], d.get_ylim()[1] + 0.55 * np.ptp(d.get_ylim()))  # room for the legend

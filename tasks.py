@@ -43,9 +43,8 @@ ASKED, MAPPING, PERMUTATION, IMAGES, SHUFFLE = range(5)
 def random_bits(*key) -> torch.Tensor:
     """63-bit hash of integers and integer tensors that broadcast together (SplitMix64 finaliser, folded over the key)."""
     h = torch.zeros((), dtype=torch.int64)
-    for part in key:
-        part = torch.as_tensor(part)
-        h = (h.to(part.device) ^ part) + -7046029254386353131  # the golden-ratio increment; int64 wraps
+    for part in key:  # integers stay on the host: nothing is copied to a GPU
+        h = (h ^ part) + -7046029254386353131  # the golden-ratio increment; int64 wraps
         h = (h ^ (h >> 30 & (1 << 34) - 1)) * -4658895280553007687
         h = (h ^ (h >> 27 & (1 << 37) - 1)) * -7723592293110705685
         h = h ^ (h >> 31 & (1 << 33) - 1)
@@ -54,7 +53,7 @@ def random_bits(*key) -> torch.Tensor:
 
 def random_int(high, *key) -> torch.Tensor:
     """Uniform integers in 0 .. high-1; high may be a tensor."""
-    return ((random_bits(*key) >> 10).double() * 2.0**-53 * torch.as_tensor(high).to(torch.float64)).long()
+    return ((random_bits(*key) >> 10).double() * 2.0**-53 * high).long()
 
 
 def distinct(pool: int, n: int, *key) -> torch.Tensor:
@@ -115,6 +114,7 @@ class Shapes:
     def __post_init__(self):
         self.n_label = max(self.sizes[f] for f in self.asked)
         self.varying = [f for f, size in enumerate(self.sizes) if size > 1]
+        self.asked_columns = torch.tensor(self.asked, device=self.values.device)
         self.asked_sizes = torch.tensor([self.sizes[f] for f in self.asked], device=self.values.device)
 
     def permutation(self, seed, mapping, asked) -> torch.Tensor:
@@ -134,8 +134,7 @@ class Shapes:
         mapping = random_int(m if m.dim() == 2 else m[:, None], seed, MAPPING, number)
         image = pool[distinct(len(pool), n, seed, IMAGES, number)]
         values = self.values[image]
-        column = torch.tensor(self.asked, device=image.device)[asked]
-        value = values.gather(-1, repeat(column, "r b -> r b n 1", n=n))[..., 0]
+        value = values.gather(-1, repeat(self.asked_columns[asked], "r b -> r b n 1", n=n))[..., 0]
         label = self.permutation(seed, mapping, asked).gather(-1, value)
         return Sequences(image, self.table[image], label, values, asked)
 
