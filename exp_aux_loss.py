@@ -18,11 +18,6 @@ import math
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from einops import rearrange
 from torch.nn import functional as F
@@ -85,13 +80,9 @@ def arguments() -> argparse.Namespace:
     for name, value in SCALES[args.scale].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("seeds", "steps", "batch", "pairs", "n_layer", "n_head", "d_model", "evaluations", "probes", "code_width"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if args.d_model % args.n_head:
-        parser.error(f"--n-head {args.n_head}: must divide --d-model {args.d_model}")
-    if min(args.weight) < 0:
-        parser.error(f"--weight {min(args.weight):g}: must not be negative")
+    probes.check(args)
+    if not all(0 <= weight < math.inf for weight in args.weight):
+        raise UsageError(f"--weight {args.weight}: must be numbers from 0 up")
     return args
 
 
@@ -174,88 +165,28 @@ def value_loss(logits: torch.Tensor, values: torch.Tensor, sizes: list[int]) -> 
 
 
 def plot(metrics: dict, path: Path) -> None:
-    args, block, summary = metrics["args"], metrics["headline_block"], metrics["summary"]
-    hardest = metrics["runs"][-1]["difficulty"]
-    best = {row["arm"]: row["lr"] for row in summary if row["best_lr"] and row["difficulty"] == hardest}
-    colours = dict(zip(best, ["black", *plt.cm.tab10.colors, *plt.cm.Set2.colors]))
-    mine = lambda arm, lr, m=hardest: [run for run in metrics["runs"] if (run["arm"], run["lr"], run["difficulty"]) == (arm, lr, m)]
-    groups = {f"{arm} (lr {lr:g})" if len(args["lr"]) > 1 else arm: (colours[arm], mine(arm, lr)) for arm, lr in best.items()}
-    budget = metrics["runs"][0]["steps"][-1]
-    length = lambda run: budget if run["censored"] else run["plateau_length"]
-    figure, ((a, b, c), (d, e, f)) = plt.subplots(2, 3, figsize=(15, 8.4), layout="constrained")
-
-    level = metrics["reference"][str(hardest)]
-    probes.curves(a, groups, "steps", lambda run: run["loss"])
-    for value, text in ((level["no_context_loss"], "best without context"), (level["bayes_loss"], "exact Bayes")):
-        a.axhline(value, color="black", ls="--", lw=1)
-        a.text(budget, value, text, ha="right", va="bottom", fontsize=8)
-    a.axhline(probes.ESCAPE * level["no_context_loss"], color="black", ls=":", lw=1)
-    a.set(
-        title=f"(a) Target task, m = {hardest}, each arm at its best rate".replace("inf", "\u221e"),
-        xlabel="step",
-        ylabel="held-out loss",
-        xlim=0,
-    )
-    a.legend(fontsize=7)
-    score = lambda key: lambda run: [row[block] for row in run[key]]
-    probes.curves(b, groups, "probe_steps", score("weights_score"))
-    b.axhline(np.median([run["initial_weights_score"] for run in metrics["runs"]]), color="black", ls="--", lw=1)
-    b.set(title=f"(b) Weights component (block {block + 1}); dashed: at initialisation", xlabel="step", ylabel="weights score", xlim=0)
-    probes.curves(c, groups, "probe_steps", score("spread"))
-    c.set(title="(c) Spread of the states: drowning", xlabel="step", ylabel="spread", xlim=0, yscale="log")
-
-    for place, (arm, lr) in enumerate(best.items()):
-        for run in mine(arm, lr):
-            shift = 0.08 * (run["seed"] - args["seeds"] / 2)
-            d.plot(
-                length(run),
-                place + shift,
-                "^" if run["censored"] else "o",
-                color=colours[arm],
-                mfc="none" if run["censored"] else None,
-                ms=5,
-            )
-        d.plot(np.median(list(map(length, mine(arm, lr)))), place, "|", color=colours[arm], ms=26, mew=3)
-    d.set_yticks(range(len(best)), list(groups))
-    d.invert_yaxis()
-    d.set(title="(d) Plateau length at each arm's best rate (\u25b3 = never)", xlabel="steps", xlim=(0, 1.05 * budget))
-    for arm, colour in colours.items():
-        e.plot(args["lr"], [np.median(list(map(length, mine(arm, lr)))) for lr in args["lr"]], "o-", color=colour, label=arm)
-    e.set(
-        title="(e) Plateau length against learning rate (median)",
-        xlabel="learning rate",
-        ylabel="steps",
-        xscale="log",
-        ylim=(0, 1.05 * budget),
-    )
-    for m in dict.fromkeys(run["difficulty"] for run in metrics["runs"]):
-        base = {(run["seed"], run["lr"]): run for run in metrics["runs"] if run["arm"] == "baseline" and run["difficulty"] == m}
-        for arm in [arm for arm in best if arm != "baseline" and base]:
-            for run in (run for lr in args["lr"] for run in mine(arm, lr, m)):
-                other = base[run["seed"], run["lr"]]
-                if other["final_weights_score"] is not None:
-                    f.plot(
-                        other["final_weights_score"] - other["initial_weights_score"],
-                        length(other) - length(run),
-                        "o",
-                        ms=4,
-                        color=colours[arm],
-                    )
+    figure, f, colours, best = probes.draw_arms(metrics, "Extra losses")
+    for run in metrics["runs"]:
+        base = next(
+            (r for r in metrics["runs"] if r["arm"] == "baseline" and all(r[k] == run[k] for k in ("seed", "lr", "difficulty"))), None
+        )
+        if base and run["arm"] in colours and run["arm"] != "baseline" and base["final_weights_score"] is not None:
+            fallen = base["final_weights_score"] - base["initial_weights_score"]
+            f.plot(fallen, probes.budgeted_length(base) - probes.budgeted_length(run), "o", ms=4, color=colours[run["arm"]])
     f.axhline(0, color="black", lw=1)
     f.axvline(0, color="black", ls="--", lw=1)
     f.set(
-        title="(f) Gain against the baseline's dysfunction, all runs and rates",
+        title="(f) Gain against the baseline's dysfunction, all runs, all rates",
         xlabel="baseline's weights score, end minus start",
-        ylabel="steps saved (same seed, same rate)",
+        ylabel="steps saved (same seed and rate)",
     )
-    probes.write_aside(path, lambda aside: figure.savefig(aside, dpi=110))
-    plt.close(figure)
+    probes.save_figure(path, figure)
 
 
 def main() -> None:
-    args = arguments()
-    out = Path(args.out)
     try:
+        args = arguments()
+        out = Path(args.out)
         probes.prepare_out(out)
         if not args.replot:
             train(args, out)

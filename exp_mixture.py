@@ -19,11 +19,6 @@ import math
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -79,16 +74,13 @@ def arguments() -> argparse.Namespace:
     for name, value in SCALES[args.scale].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("seeds", "steps", "batch", "pairs", "n_layer", "n_head", "d_model", "evaluations", "probes", "code_width"):
-        if np.min(getattr(args, name)) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    for d_model in args.d_model:
-        if d_model % args.n_head:
-            parser.error(f"--n-head {args.n_head}: must divide --d-model {d_model}")
+    probes.check(args)
     if not all(0 <= f <= 1 and f * args.batch == round(f * args.batch) for f in args.fraction):
-        parser.error(f"--fraction {args.fraction}: must lie in 0 .. 1 and make a whole number of the {args.batch} sequences of a --batch")
+        raise UsageError(
+            f"--fraction {args.fraction}: must lie in 0 .. 1 and make a whole number of the {args.batch} sequences of a --batch"
+        )
     if args.easy_difficulty >= min(args.difficulty):
-        parser.error(f"--easy-difficulty {args.easy_difficulty:g}: must be easier than every --difficulty")
+        raise UsageError(f"--easy-difficulty {args.easy_difficulty:g}: must be easier than every --difficulty")
     return args
 
 
@@ -102,14 +94,18 @@ def train(args: argparse.Namespace, out: Path) -> None:
         if not parts[-1]["finished"]:
             break
     metrics = {**parts[0], "finished": all(part["finished"] for part in parts), "runs": sum((part["runs"] for part in parts), [])}
-    metrics["summary"] = probes.summarise(metrics["runs"], args.steps)
+    metrics["summary"] = probes.summarise(metrics["runs"])
     probes.save_json(out / "metrics.json", metrics)
     probes.report(metrics)
 
 
 def train_size(args: argparse.Namespace, n_layer: int, d_model: int, device: torch.device, checkpoint: str) -> dict:
     world = shapes(args.factors, args.ask, args.embedding, args.code_width, args.code_gain, device)
-    foreign = shapes(args.factors, args.ask, "code", world.table.shape[1], args.code_gain, device, code_seed=1)
+    foreign = (
+        shapes(args.factors, args.ask, "code", world.table.shape[1], args.code_gain, device, code_seed=1)
+        if "unrelated" in args.mix
+        else world
+    )
     size = f"{n_layer} x {d_model}"
     runs = [dict(**arm, size=size, difficulty=m, lr=lr, seed=s) for m in args.difficulty for arm in arms(args) for lr in args.lr
             for s in range(args.seeds)]  # fmt: skip
@@ -148,95 +144,32 @@ def easy_rows(fractions: list[float], batch: int) -> torch.Tensor:
 def arms(args: argparse.Namespace) -> list[dict]:
     """Every fraction with every --mix; fraction 0 is the one baseline."""
     out = [dict(arm="baseline", fraction=0.0, mix="easy")] if 0 in args.fraction else []
-    return out + [dict(arm=f"{f:.0%} {mix}", fraction=f, mix=mix) for mix in args.mix for f in args.fraction if f]
+    return out + [dict(arm=f"{100 * f:g}% {mix}", fraction=f, mix=mix) for mix in args.mix for f in args.fraction if f]
 
 
 # ---------------------------------------------------------------------------------------------- the picture
 
 
 def plot(metrics: dict, path: Path) -> None:
-    args, block, summary = metrics["args"], metrics["headline_block"], metrics["summary"]
-    hardest = metrics["runs"][-1]["difficulty"]
-    best = {row["arm"]: row["lr"] for row in summary if row["best_lr"] and row["difficulty"] == hardest}
-    colours = dict(zip(best, ["black", *plt.cm.tab10.colors, *plt.cm.Set2.colors]))
-    mine = lambda arm, lr, m=hardest: [run for run in metrics["runs"] if (run["arm"], run["lr"], run["difficulty"]) == (arm, lr, m)]
-    groups = {f"{arm} (lr {lr:g})" if len(args["lr"]) > 1 else arm: (colours[arm], mine(arm, lr)) for arm, lr in best.items()}
-    budget = metrics["runs"][0]["steps"][-1]
-    length = lambda run: budget if run["censored"] else run["plateau_length"]
-    figure, ((a, b, c), (d, e, f)) = plt.subplots(2, 3, figsize=(15, 8.4), layout="constrained")
-
-    level = metrics["reference"][str(hardest)]
-    probes.curves(a, groups, "steps", lambda run: run["loss"])
-    for value, text in ((level["no_context_loss"], "best without context"), (level["bayes_loss"], "exact Bayes")):
-        a.axhline(value, color="black", ls="--", lw=1)
-        a.text(budget, value, text, ha="right", va="bottom", fontsize=8)
-    a.axhline(probes.ESCAPE * level["no_context_loss"], color="black", ls=":", lw=1)
-    a.set(
-        title=f"(a) Target task, m = {hardest}, each arm at its best rate".replace("inf", "\u221e"),
-        xlabel="step",
-        ylabel="held-out loss",
-        xlim=0,
-    )
-    a.legend(fontsize=7)
-    score = lambda key: lambda run: [row[block] for row in run[key]]
-    probes.curves(b, groups, "probe_steps", score("weights_score"))
-    b.axhline(np.median([run["initial_weights_score"] for run in metrics["runs"]]), color="black", ls="--", lw=1)
-    b.set(title=f"(b) Weights component (block {block + 1}); dashed: at initialisation", xlabel="step", ylabel="weights score", xlim=0)
-    probes.curves(c, groups, "probe_steps", score("spread"))
-    c.set(title="(c) Spread of the states: drowning", xlabel="step", ylabel="spread", xlim=0, yscale="log")
-
-    for place, (arm, lr) in enumerate(best.items()):
-        for run in mine(arm, lr):
-            shift = 0.08 * (run["seed"] - args["seeds"] / 2)
-            d.plot(
-                length(run),
-                place + shift,
-                "^" if run["censored"] else "o",
-                color=colours[arm],
-                mfc="none" if run["censored"] else None,
-                ms=5,
-            )
-        d.plot(np.median(list(map(length, mine(arm, lr)))), place, "|", color=colours[arm], ms=26, mew=3)
-    d.set_yticks(range(len(best)), list(groups))
-    d.invert_yaxis()
-    d.set(title="(d) Plateau length at each arm's best rate (\u25b3 = never)", xlabel="steps", xlim=(0, 1.05 * budget))
+    figure, f, colours, best = probes.draw_arms(metrics, "Mixed training")
+    sizes = list(dict.fromkeys(run["size"] for run in metrics["runs"]))
     for arm, colour in colours.items():
-        e.plot(args["lr"], [np.median(list(map(length, mine(arm, lr)))) for lr in args["lr"]], "o-", color=colour, label=arm)
-    e.set(
-        title="(e) Plateau length against learning rate (median)",
-        xlabel="learning rate",
-        ylabel="steps",
-        xscale="log",
-        ylim=(0, 1.05 * budget),
-    )
-    for m in dict.fromkeys(run["difficulty"] for run in metrics["runs"]):
-        base = {(run["seed"], run["lr"]): run for run in metrics["runs"] if run["arm"] == "baseline" and run["difficulty"] == m}
-        for arm in [arm for arm in best if arm != "baseline" and base]:
-            for run in (run for lr in args["lr"] for run in mine(arm, lr, m)):
-                other = base[run["seed"], run["lr"]]
-                if other["final_weights_score"] is not None:
-                    f.plot(
-                        other["final_weights_score"] - other["initial_weights_score"],
-                        length(other) - length(run),
-                        "o",
-                        ms=4,
-                        color=colours[arm],
-                    )
-    f.axhline(0, color="black", lw=1)
-    f.axvline(0, color="black", ls="--", lw=1)
-    f.set(
-        title="(f) Gain against the baseline's dysfunction, all runs and rates",
-        xlabel="baseline's weights score, end minus start",
-        ylabel="steps saved (same seed, same rate)",
-    )
-    probes.write_aside(path, lambda aside: figure.savefig(aside, dpi=110))
-    plt.close(figure)
+        rows = [
+            row
+            for row in metrics["summary"]
+            if row["arm"] == arm and row["best_lr"] and row["difficulty"] == metrics["runs"][-1]["difficulty"]
+        ]
+        f.plot([sizes.index(row["size"]) for row in rows], [row["plateau_length_median"] for row in rows], "o-", color=colour, label=arm)
+    f.set_xticks(range(len(sizes)), sizes)
+    f.legend(fontsize=8)
+    f.set(title="(f) Plateau length against size (median, best rate)", xlabel="blocks x width", ylabel="steps", ylim=0)
+    probes.save_figure(path, figure)
 
 
 def main() -> None:
-    args = arguments()
-    out = Path(args.out)
     try:
+        args = arguments()
+        out = Path(args.out)
         probes.prepare_out(out)
         if not args.replot:
             train(args, out)

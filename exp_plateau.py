@@ -12,9 +12,6 @@ import math
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -69,11 +66,7 @@ def arguments() -> argparse.Namespace:
     for name, value in SCALES[args.scale].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("seeds", "steps", "batch", "pairs", "n_layer", "n_head", "d_model", "evaluations", "probes", "code_width"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if args.d_model % args.n_head:
-        parser.error(f"--n-head {args.n_head}: must divide --d-model {args.d_model}")
+    probes.check(args)
     return args
 
 
@@ -100,7 +93,7 @@ def train(args: argparse.Namespace, out: Path) -> None:
 
     metrics = record.metrics(device)
     metrics["best_lr"] = best_rate(metrics)
-    paired = [(run["final_weights_score"] - run["initial_weights_score"], args.steps if run["censored"] else run["plateau_length"])
+    paired = [(run["final_weights_score"] - run["initial_weights_score"], probes.budgeted_length(run))
               for run in metrics["runs"] if run["lr"] == metrics["best_lr"] and run["final_weights_score"] is not None]  # fmt: skip
     metrics["weights_score_change_against_plateau_length"] = {"rho": probes.rank_correlation(*zip(*paired)), "n": len(paired)}
     metrics["example"] = example(world, args.pairs)
@@ -141,8 +134,7 @@ def plot(metrics: dict, path: Path) -> None:
     (a, b, c), (d, e, f) = axes[:2]
     budget = runs[0]["steps"][-1]
     score = lambda key: lambda run: [row[block] for row in run[key]]
-    length = lambda run: budget if run["censored"] else run["plateau_length"]
-    change = lambda run: (run["final_weights_score"] or math.nan) - run["initial_weights_score"]
+    change = lambda run: (math.nan if run["final_weights_score"] is None else run["final_weights_score"]) - run["initial_weights_score"]
     start = float(np.median([run["initial_weights_score"] for run in runs]))
 
     probes.curves(a, groups, "steps", lambda run: [v and v / run["no_context_loss"] for v in run["loss"]])
@@ -192,7 +184,7 @@ def plot(metrics: dict, path: Path) -> None:
 
     for run in runs:
         shape = dict(marker="^", facecolor="none") if run["censored"] else dict(marker="o")
-        e.scatter(change(run), length(run), edgecolor=colours[run["difficulty"]],
+        e.scatter(change(run), probes.budgeted_length(run), edgecolor=colours[run["difficulty"]],
                   **{"facecolor": colours[run["difficulty"]], **shape})  # fmt: skip
     e.axvspan(min(e.get_xlim()[0], -0.02), 0, color="tab:red", alpha=0.07, lw=0)
     relation = metrics["weights_score_change_against_plateau_length"]
@@ -211,13 +203,14 @@ def plot(metrics: dict, path: Path) -> None:
 
     if several:
         panels = {
-            "(g) plateau length (steps)": length,
+            "(g) plateau length (steps)": probes.budgeted_length,
             "(h) weights score, end minus start": change,
             "(i) spread of the states at the end": lambda run: run["spread"][-1][block],
         }
         for ax, (title, value) in zip(axes[2], panels.items()):
             for m, colour in colours.items():
-                points = [[value(run) for run in metrics["runs"] if (run["difficulty"], run["lr"]) == (m, rate)] for rate in args["lr"]]
+                here = lambda rate: [run for run in metrics["runs"] if (run["difficulty"], run["lr"]) == (m, rate)]
+                points = np.array([[value(run) for run in here(rate)] for rate in args["lr"]], float)
                 ax.plot(args["lr"], points, ".", color=colour, alpha=0.6)
                 ax.plot(args["lr"], np.median(points, 1), color=colour, lw=2)
             ax.axvline(lr, color="black", ls=":", lw=1)
@@ -229,14 +222,13 @@ def plot(metrics: dict, path: Path) -> None:
             )
             ax.minorticks_off()
             ax.set_xticks(args["lr"], [f"{rate:g}" for rate in args["lr"]])
-    probes.write_aside(path, lambda aside: figure.savefig(aside, dpi=110))
-    plt.close(figure)
+    probes.save_figure(path, figure)
 
 
 def main() -> None:
-    args = arguments()
-    out = Path(args.out)
     try:
+        args = arguments()
+        out = Path(args.out)
         probes.prepare_out(out)
         if not args.replot:
             train(args, out)

@@ -236,12 +236,13 @@ def pick_device(device: str, precision: str) -> tuple[torch.device, str]:
     try:
         device = torch.device(device)
         torch.zeros(1, device=device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
     except (RuntimeError, AssertionError):
         raise UsageError(f"--device {device}: not available here; use --device cpu") from None
     if precision == "auto":
         fast = device.type == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
         precision = "bf16" if fast else "fp32"
-    torch.set_float32_matmul_precision("high")  # fp32 measures on a GPU may use tf32
     return device, precision
 
 
@@ -252,6 +253,7 @@ def autocast(device: torch.device, precision: str):
 
 def compile_blocks(model: GPT) -> None:
     """One compiled block serves all layers. A CPU without a C++ compiler trains uncompiled, slower and the same."""
+    torch.compiler.reset()  # what another size compiled before must not matter
     if next(model.parameters()).is_cuda or shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++"):
         for block in model.blocks:
             block.compile()

@@ -2,7 +2,7 @@
 
 The weights component is what the weights alone make of ONE input, without any context. Its score: how well a linear
 read-out finds all factor values of a held-out image in the hidden state of that image alone. Four views of it:
-  weights_score            `alone`: a prompt of one image; probe trained as the paper trains it (Adam, one pass, raw states)
+  weights_score            `alone`: a prompt of one image; probe trained with the paper's budget (Adam 1e-3, 782 steps, raw states)
   weights_score_identity   the authors' variant: attention replaced by identity in every block
   weights_score_converged  closed-form ridge on standardised states: is the information there at all?
   spread                   root of the summed variance of the state over images: does it drown in a few directions?
@@ -11,6 +11,7 @@ Dysfunction = weights_score below its own value at initialisation. All measures 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,8 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from einops import rearrange
@@ -28,7 +31,10 @@ from torch.nn import functional as F
 
 from tasks import HELD_OUT, UsageError, mappings, references
 
-PROBE_STEPS, PROBE_BATCH, PROBE_RATE = 782, 128, 1e-3  # steps and rate: the paper's single pass
+matplotlib.use("Agg")  # figures go to files
+
+BEGAN = time.perf_counter()  # of the command, for --max-minutes
+PROBE_STEPS, PROBE_BATCH, PROBE_RATE = 782, 128, 1e-3  # steps and rate of the paper; a small world is passed over many times
 ESCAPE = 0.8  # of the best loss without context: Kim et al. (arXiv 2410.05448); a learner of the label set alone stays above
 COMPLETE = 0.95  # of the Bayes accuracy
 
@@ -66,7 +72,7 @@ def absent_values(sizes: list[int], device) -> torch.Tensor:
 
 @torch.no_grad()
 def linear_probe(train, target, test, test_target, sizes: list[int]) -> torch.Tensor:
-    """Held-out accuracy (g,) of g linear read-outs trained as the paper trains its probe: cross-entropy, Adam 1e-3, 782 steps.
+    """Held-out accuracy (g,) of g linear read-outs trained as long as the paper's probe: cross-entropy, Adam 1e-3, 782 steps.
 
     train (g, i, d) raw states, target (i, f) or (g, i, f) values, test and test_target likewise, sizes (f,) values per target.
     The gradient of softmax regression is written out: g small probes in one matmul are what makes probing cheap.
@@ -78,10 +84,11 @@ def linear_probe(train, target, test, test_target, sizes: list[int]) -> torch.Te
     params = [bound(1, absent.numel(), d), bound(1, absent.numel(), 1)]  # nn.Linear's default, the same for every group
     one_hot = F.one_hot(target if target.dim() == 3 else target[None], absent.shape[1]).to(train.dtype)
     order, batch = torch.randperm(items, generator=generator).to(train.device), min(PROBE_BATCH, items)
+    order = torch.cat([order, order[: batch - 1]])  # so that a window may run over the end
     train, one_hot = train[:, order], rearrange(one_hot[:, order], "g i f v -> g (f v) i")
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in params]
     for t in range(1, PROBE_STEPS + 1):
-        at = t * batch % (items - batch + 1)  # a window that wanders over the shuffled images
+        at = t * batch % items  # pass after pass over the shuffled images
         x = train[:, at : at + batch]
         logits = torch.baddbmm(params[1], params[0], x.mT).masked_fill_(absent.view(1, -1, 1), -math.inf)
         p_value = rearrange(logits, "g (f v) i -> g f v i", f=len(sizes)).softmax(2)  # images innermost: fast on a CPU
@@ -107,15 +114,17 @@ def converged_probe(train, target, test, test_target, sizes: list[int], ridge: f
 @torch.no_grad()
 def states(model, x: torch.Tensor, y: torch.Tensor | None = None, mixing: str = "attention") -> torch.Tensor:
     """States at the x positions after every block: x (r, b, n, d) -> (r, k, b, n, d_model), finite."""
+    size = max(1, 65_000 // (len(x) * model.config.n_head))  # a GPU's attention kernels take no larger batch
+    parts = zip(x.split(size, 1), y.split(size, 1) if y is not None else itertools.repeat(None))
+    at_x = lambda hidden: torch.stack([model.at_x(h, with_labels=y is not None) for h in hidden], 1)
     with torch.compiler.set_stance("force_eager"):
-        hidden = model(x, y, mixing=mixing, hidden=True)[1]
-    return torch.stack([model.at_x(h, with_labels=y is not None) for h in hidden], 1).nan_to_num()
+        return torch.cat([at_x(model(*part, mixing=mixing, hidden=True)[1]) for part in parts], 2).nan_to_num()
 
 
 class Prober:
     """Everything that is probed, on images and sequences drawn once: call it for a dict of scores (r, k)."""
 
-    def __init__(self, world, seed, m, n: int, images: int = 4096, sequences: int = 256):
+    def __init__(self, world, seed, m, n: int, images: int = 4096, sequences: int = 1024):
         generator = torch.Generator().manual_seed(0)
         draw = lambda pool, count: pool[torch.randperm(len(pool), generator=generator)[:count].to(pool.device)]
         image = [draw(world.train, images), draw(world.test, images // 4)]
@@ -123,8 +132,8 @@ class Prober:
         image = [i[: max(1, len(i) // n) * n] for i in image]
         self.x, self.value = [world.table[i] for i in image], [world.values[i][:, world.varying] for i in image]
         self.sizes, self.runs, self.n = [world.sizes[f] for f in world.varying], len(seed), n
-        number = 2 * HELD_OUT + torch.arange(sequences, device=seed.device).expand(len(seed), -1)
-        self.batch = [world.sample(seed, m, number, n), world.sample(seed, m, number[:, : sequences // 2], n, held_out=True)]
+        number = 2 * HELD_OUT + torch.arange(sequences + sequences // 4, device=seed.device).expand(len(seed), -1)
+        self.batch = [world.sample(seed, m, number[:, :sequences], n), world.sample(seed, m, number[:, sequences:], n, held_out=True)]
         self.n_asked = len(world.asked)
         raw = linear_probe(self.x[0][None], self.value[0], self.x[1][None], self.value[1], self.sizes)
         self.raw_score = raw.item()  # the embedding itself
@@ -180,13 +189,16 @@ class Record:
 
     def __init__(self, args, runs: list[dict], world, model, optimizer, checkpoint: str = "checkpoint.pt", sequences: int = 64):
         self.args, self.runs, self.model, self.optimizer, self.budget = args, runs, model, optimizer, args.steps
-        self.settings = {key: jsonable(value) for key, value in vars(args).items() if key not in self.may_change}
+        self.settings = {"script": Path(sys.argv[0]).name}
+        self.settings |= {key: jsonable(value) for key, value in vars(args).items() if key not in self.may_change}
         self.due = sorted({round(i * args.steps / args.evaluations) for i in range(args.evaluations + 1)})
         self.due_probes = set(self.due[:: max(1, args.evaluations // args.probes)]) | {args.steps}
         device, difficulty = world.values.device, [run["difficulty"] for run in runs]
         seed = torch.tensor([run["seed"] for run in runs], device=device)
         known = {key: references(world, *key, args.pairs) for key in dict.fromkeys(zip(seed.tolist(), difficulty))}
         self.references = [known[key] for key in zip(seed.tolist(), difficulty)]
+        if min(level["no_context_loss"] for level in self.references) < 1e-6:
+            raise UsageError("--difficulty 1 with one asked factor: nothing is left for the context; ask two factors (--ask) or raise it")
         number = HELD_OUT + torch.arange(sequences, device=device).expand(len(runs), -1)
         self.held_out = world.sample(seed, mappings(difficulty, device), number, args.pairs, held_out=True)
         self.fresh = world.sample(seed, mappings([math.inf] * len(runs), device), number, args.pairs, held_out=True)
@@ -212,7 +224,7 @@ class Record:
                 now = time.perf_counter()
                 self.seconds["total"] = before + now - began
                 print(self.line(first, now - began), flush=True)
-                stop = step == self.budget or (step > first and now - began > 60 * self.args.max_minutes)
+                stop = step == self.budget or (step > first and now - BEGAN > 60 * self.args.max_minutes)
                 if stop or now - saved > 60:
                     self.save_checkpoint(path, step)
                     saved = now
@@ -226,11 +238,13 @@ class Record:
         loss, self.by_position = evaluate(self.model, self.held_out)
         self.steps.append(step)
         self.loss.append(loss)
+        self.by_position = self.by_position.masked_fill(~loss.isfinite()[:, None], math.nan)
         self.accuracy.append(self.by_position.mean(1))
         if step in self.due_probes:
             began = time.perf_counter()
             self.probe_steps.append(step)
-            self.scores.append(self.prober(self.model))
+            broken = ~loss.isfinite()[:, None]  # a run that blew up has no score
+            self.scores.append({key: score.masked_fill(broken, math.nan) for key, score in self.prober(self.model).items()})
             self.fresh_accuracy = evaluate(self.model, self.fresh)[1].mean(1)
             self.seconds["probing"] += time.perf_counter() - began
 
@@ -245,7 +259,8 @@ class Record:
         arms = [" ".join([run["arm"]] * (run["arm"] != "baseline") + [f"m={run['difficulty']:.0f}"]) for run in self.runs]
         parts = []
         for arm in dict.fromkeys(arms):
-            median = [statistics.median(v for v, other in zip(values, arms) if other == arm) for values in (loss, accuracy, weights)]
+            alive = lambda values: [v for v, other in zip(values, arms) if other == arm and math.isfinite(v)] or [math.nan]
+            median = [statistics.median(alive(values)) for values in (loss, accuracy, weights)]
             parts.append(f"{arm} {median[0]:.2f} {median[1]:3.0%} {median[2]:.2f}")
         self.mark = self.mark or (step, seconds) if step > first else None  # the first interval holds the compilation
         pace = (seconds - self.mark[1]) / (step - self.mark[0]) if self.mark and step > self.mark[0] else 0
@@ -270,9 +285,9 @@ class Record:
             raise UsageError(f"--resume: no checkpoint at {path}; leave --resume out to start afresh") from None
         except Exception:
             raise UsageError(f"--resume: {path} is not a checkpoint of this script; remove it and start afresh") from None
-        other = [key for key in self.settings if self.settings[key] != then.get(key)]
+        other = [key for key in self.settings | then if self.settings.get(key) != then.get(key)]
         if other:
-            flags = ", ".join(f"--{key.replace('_', '-')} (then {then.get(key)}, now {self.settings[key]})" for key in other)
+            flags = ", ".join(f"--{key.replace('_', '-')} (then {then.get(key)}, now {self.settings.get(key)})" for key in other)
             raise UsageError(f"--resume: the checkpoint was made with other settings: {flags}; use the same flags or another --out")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -310,6 +325,7 @@ class Record:
                     (s for s, a in zip(self.steps, accuracies) if (a or 0) >= COMPLETE * level["bayes_accuracy"]), None
                 ),
             }
+            row["headline_block"] = self.block
             row["initial_weights_score"] = row["weights_score"][0][self.block]
             row["final_weights_score"] = row["weights_score"][-1][self.block]
             out.append(row)
@@ -332,7 +348,7 @@ class Record:
             "chance_weights_score": number(self.prober.chance),
             "reference": {key: mean(group) for key, group in levels.items()},
             "runs": runs,
-            "summary": summarise(runs, self.steps[-1]),
+            "summary": summarise(runs),
         }
 
 
@@ -347,34 +363,41 @@ def number(value: float, digits: int = 6) -> float | None:
     return round(value, digits) if math.isfinite(value) else None
 
 
-def summarise(runs: list[dict], budget: int, baseline: str = "baseline") -> list[dict]:
-    """One row per arm, difficulty and learning rate: every plateau length, their median, and the paired difference to the
-    baseline run of the same difficulty, rate and seed. Censored runs count as the budget, so a median equal to it means
-    'at least'. best_lr marks the rate with the shortest median plateau of its arm and difficulty (ties: lowest final loss).
+def summarise(runs: list[dict], baseline: str = "baseline") -> list[dict]:
+    """One row per arm, difficulty, learning rate and size: every plateau length, the median, and two paired differences by seed.
+
+    Censored runs count as their budget, so a median equal to it means 'at least'. best_lr marks the rate with the shortest
+    median plateau of its arm and difficulty (ties: lowest final loss; chosen on the same seeds that are reported).
+    paired_differences: to the baseline at the same rate; ..._best: at its own best rate, given where the arm is at its best.
     """
-    length = lambda run: budget if run["censored"] else run["plateau_length"]
     key = lambda run: (run["arm"], run["difficulty"], run["lr"], run.get("size"))
+    change = lambda run: None if run["final_weights_score"] is None else round(run["final_weights_score"] - run["initial_weights_score"], 4)
+    median = lambda values: statistics.median(values) if values else None
+    groups = {group: [run for run in runs if key(run) == group] for group in dict.fromkeys(map(key, runs))}
     rows = []
-    for group in dict.fromkeys(map(key, runs)):
-        mine = [run for run in runs if key(run) == group]
-        change = [
-            round(run["final_weights_score"] - run["initial_weights_score"], 4) for run in mine if run["final_weights_score"] is not None
-        ]
-        base = {run["seed"]: run for run in runs if key(run) == (baseline, *group[1:])}
-        paired = [length(run) - length(base[run["seed"]]) for run in mine if run["seed"] in base and group[0] != baseline]
-        final = [run["loss"][-1] if run["loss"][-1] is not None else math.inf for run in mine]
+    for group, mine in groups.items():
+        changes = [value for value in map(change, mine) if value is not None]
         rows.append({
             "arm": group[0], "difficulty": group[1], "lr": group[2], "size": group[3], "n": len(mine),
-            "plateau_length_median": statistics.median(map(length, mine)),
+            "plateau_length_median": median(list(map(budgeted_length, mine))),
             "plateau_lengths": [run["plateau_length"] for run in mine], "censored": sum(run["censored"] for run in mine),
-            "weights_score_change_median": statistics.median(change) if change else None, "weights_score_changes": change,
-            "final_loss_median": number(statistics.median(final)),
-            "paired_difference_median": statistics.median(paired) if paired else None, "paired_differences": paired,
+            "weights_score_change_median": median(changes), "weights_score_changes": changes,
+            "final_loss_median": number(median([math.inf if run["loss"][-1] is None else run["loss"][-1] for run in mine])),
         })  # fmt: skip
+    best = {}
     for row in rows:
         rivals = [r for r in rows if all(r[k] == row[k] for k in ("arm", "difficulty", "size"))]
-        rank = lambda r: (r["plateau_length_median"], r["final_loss_median"] or math.inf)
-        row["best_lr"] = rank(row) == min(map(rank, rivals))
+        rank = lambda r: (r["plateau_length_median"], math.inf if r["final_loss_median"] is None else r["final_loss_median"])
+        row["best_lr"] = row is min(rivals, key=rank)
+        if row["best_lr"]:
+            best[row["arm"], row["difficulty"], row["size"]] = row["lr"]
+    for row in rows:
+        mine = groups[row["arm"], row["difficulty"], row["lr"], row["size"]]
+        own_best = best.get((baseline, row["difficulty"], row["size"])) if row["best_lr"] else None
+        for name, lr in (("paired_differences", row["lr"]), ("paired_differences_best", own_best)):
+            other = {run["seed"]: run for run in groups.get((baseline, row["difficulty"], lr, row["size"]), []) if row["arm"] != baseline}
+            row[name] = [budgeted_length(run) - budgeted_length(other[run["seed"]]) for run in mine if run["seed"] in other]
+            row[f"{name}_median"] = median(row[name])
     return rows
 
 
@@ -383,9 +406,11 @@ def report(metrics: dict) -> None:
     for row in metrics["summary"]:
         lengths = " ".join("never" if v is None else str(v) for v in row["plateau_lengths"])
         changes = " ".join(f"{v:+.3f}" for v in row["weights_score_changes"])
-        paired = f"; against baseline {row['paired_difference_median']:+g}" if row["paired_differences"] else ""
-        print(f"{row['arm']}, m = {row['difficulty']}, lr {row['lr']:g}{' (its best)' if row['best_lr'] else ''}: plateau {lengths}, "
-              f"median {row['plateau_length_median']:g}{paired}; weights score {changes}")  # fmt: skip
+        paired = f"; against the baseline {row['paired_differences_median']:+g}" if row["paired_differences"] else ""
+        paired += f", both at their best rate {row['paired_differences_best_median']:+g}" if row["paired_differences_best"] else ""
+        size, best = f", {row['size']}" if row["size"] else "", " (its best)" if row["best_lr"] else ""
+        print(f"{row['arm']}{size}, m = {row['difficulty']}, lr {row['lr']:g}{best}: ", end="")
+        print(f"plateau {lengths}, median {row['plateau_length_median']:g}{paired}; weights score {changes}")
 
 
 def curves(ax, groups: dict, x: str, y) -> None:
@@ -394,6 +419,69 @@ def curves(ax, groups: dict, x: str, y) -> None:
         stack = np.array([[math.nan if v is None else v for v in y(run)] for run in runs])
         ax.plot(runs[0][x], stack.T, color=colour, lw=0.7, alpha=0.4)
         ax.plot(runs[0][x], np.median(stack, 0), color=colour, lw=2.2, label=label)
+
+
+def budgeted_length(run: dict) -> int:
+    """Plateau length, or the budget for a censored run."""
+    return run["steps"][-1] if run["censored"] else run["plateau_length"]
+
+
+def draw_arms(metrics: dict, title: str):
+    """The five panels that every comparison of arms needs, for the hardest difficulty and the last size; a sixth is left to the script.
+
+    Returns figure, sixth axes, colour of each arm, best learning rate of each arm.
+    """
+    rates, last = metrics["args"]["lr"], metrics["runs"][-1]
+    m, size, block = last["difficulty"], last.get("size"), last["headline_block"]
+    here = [run for run in metrics["runs"] if (run["difficulty"], run.get("size")) == (m, size)]
+    best = {r["arm"]: r["lr"] for r in metrics["summary"] if r["best_lr"] and (r["difficulty"], r["size"]) == (m, size)}
+    colours = dict(zip(best, ["black", *plt.cm.tab10.colors, *plt.cm.Set2.colors]))
+    mine = lambda arm, lr: [run for run in here if (run["arm"], run["lr"]) == (arm, lr)]
+    label = lambda arm, lr: f"{arm} (lr {lr:g})" if len(rates) > 1 else arm
+    groups = {label(arm, lr): (colours[arm], mine(arm, lr)) for arm, lr in best.items()}
+    budget, level, score = last["steps"][-1], metrics["reference"][str(m)], lambda key: lambda run: [row[block] for row in run[key]]
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8.4), layout="constrained")
+    a, b, c, d, e, f = axes.flat
+    figure.suptitle(f"{title}; target m = {m}".replace("inf", "\u221e") + (f", {size}" if size else ""))
+
+    curves(a, groups, "steps", lambda run: run["loss"])
+    for value, text in ((level["no_context_loss"], "best without context"), (level["bayes_loss"], "exact Bayes")):
+        a.axhline(value, color="black", ls="--", lw=1)
+        a.text(budget, value, text, ha="right", va="bottom", fontsize=8)
+    a.axhline(ESCAPE * level["no_context_loss"], color="black", ls=":", lw=1)
+    a.set(
+        title="(a) Target task, each arm at its best rate",
+        xlabel="step",
+        ylabel="held-out loss",
+        xlim=0,
+        ylim=(0, 1.3 * level["no_context_loss"]),
+    )
+    a.legend(fontsize=7)
+    curves(b, groups, "probe_steps", score("weights_score"))
+    b.axhline(np.median([run["initial_weights_score"] for run in here]), color="black", ls="--", lw=1)
+    b.set(title=f"(b) Weights component (block {block + 1}); dashed: at initialisation", xlabel="step", ylabel="weights score", xlim=0)
+    curves(c, groups, "probe_steps", score("spread"))
+    c.set(title="(c) Spread of the states: drowning", xlabel="step", ylabel="spread", xlim=0, yscale="log")
+    for place, (arm, lr) in enumerate(best.items()):
+        for i, run in enumerate(mine(arm, lr)):
+            shape = dict(marker="^", mfc="none") if run["censored"] else dict(marker="o")
+            d.plot(budgeted_length(run), place + 0.5 * (i + 0.5) / len(mine(arm, lr)) - 0.25, color=colours[arm], ms=5, **shape)
+        d.plot(statistics.median(map(budgeted_length, mine(arm, lr))), place, "|", color=colours[arm], ms=26, mew=3)
+    d.set_yticks(range(len(best)), list(groups))
+    d.invert_yaxis()
+    d.set(title="(d) Plateau length at the best rate (\u25b3 = never)", xlabel="steps", xlim=(0, 1.05 * budget))
+    for arm, colour in colours.items():
+        e.plot(rates, [statistics.median(map(budgeted_length, mine(arm, lr))) for lr in rates], "o-", color=colour)
+    e.set(
+        title="(e) Plateau length against learning rate (median)",
+        xlabel="learning rate",
+        ylabel="steps",
+        xscale="log",
+        ylim=(0, 1.05 * budget),
+    )
+    e.minorticks_off()
+    e.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    return figure, f, colours, best
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float | None:
@@ -407,10 +495,13 @@ def rank_correlation(a: list[float], b: list[float]) -> float | None:
 
 def environment(device: torch.device, seconds: dict) -> dict:
     """Where and when the numbers come from."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:
+        git = ""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {
-        "commit": git.stdout.strip() or None,
+        "commit": git or None,
         "argv": sys.argv,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -426,6 +517,11 @@ def write_aside(path: Path, write) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
     write(aside)
     os.replace(aside, path)
+
+
+def save_figure(path: Path, figure) -> None:
+    write_aside(path, lambda aside: figure.savefig(aside, dpi=110))
+    plt.close(figure)
 
 
 def save_json(path: Path, content: dict) -> None:
@@ -444,6 +540,28 @@ def prepare_out(out: Path) -> None:
 
 def read_metrics(out: Path) -> dict:
     try:
-        return json.loads((out / "metrics.json").read_text())
+        metrics = json.loads((out / "metrics.json").read_text())
     except (OSError, ValueError):
         raise UsageError(f"--replot: no readable metrics.json in {out}; train first, or give its folder with --out") from None
+    if metrics.get("script") != Path(sys.argv[0]).name:
+        raise UsageError(f"--replot: {out} holds the metrics of {metrics.get('script')}; give another --out")
+    return metrics
+
+
+def check(args) -> None:
+    """What every script asks of its flags; raises UsageError. Values given twice count once: n seeds are n different runs."""
+    for key, value in vars(args).items():
+        flag, values = f"--{key.replace('_', '-')}", value if isinstance(value, list) else [value]
+        if isinstance(value, list) and key != "factors":
+            setattr(args, key, list(dict.fromkeys(value)))
+        if (
+            key in ("seeds", "steps", "batch", "pairs", "n_layer", "n_head", "d_model", "evaluations", "probes", "code_width")
+            and min(values) < 1
+        ):
+            raise UsageError(f"{flag} {min(values)}: must be at least 1")
+        if key in ("lr", "code_gain") and not all(0 < v < math.inf for v in values):
+            raise UsageError(f"{flag} {value}: must be a positive number")
+        if key == "d_model" and any(v % args.n_head for v in values):
+            raise UsageError(f"--n-head {args.n_head}: must divide --d-model {value}")
+    if 0 < args.sequences < args.batch or args.sequences < 0:
+        raise UsageError(f"--sequences {args.sequences}: must be 0 (always fresh) or at least --batch {args.batch}")

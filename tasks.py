@@ -15,6 +15,7 @@ import hashlib
 import math
 import os
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ from torch.nn import functional as F
 FACTORS = ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation")
 SIZES = (10, 10, 10, 8, 4, 15)  # the paper's; image index = mixed radix in this order, orientation fastest
 N_IMAGES = math.prod(SIZES)  # 480,000
-INFINITE = 2**53  # as many mappings as a double can count: no mapping is met twice
+INFINITE = 2**53  # as many mappings as a double can count: as good as a fresh one for every sequence
+MOST = 1_000_000  # finite mappings, all of which the Bayes level goes through
 HELD_OUT = 2**50  # held-out sequences are numbered from here on, training sequences from 0
 
 
@@ -80,8 +82,13 @@ def sequence_numbers(seed: torch.Tensor, step: int, batch: int, finite: int = 0)
     if not finite:
         return (step * batch + place).expand(len(seed), batch)
     epoch, at = divmod(step, finite // batch)
-    order = random_bits(seed[:, None], SHUFFLE, epoch, torch.arange(finite, device=seed.device)).argsort(-1)
-    return order[:, at * batch + place]
+    return epoch_order(seed, epoch, finite)[:, at * batch + place]
+
+
+@lru_cache(maxsize=1)
+def epoch_order(seed: torch.Tensor, epoch: int, finite: int) -> torch.Tensor:
+    """The order (r, finite) of an epoch; kept until the next one, since sorting it at every step would be slow."""
+    return random_bits(seed[:, None], SHUFFLE, epoch, torch.arange(finite, device=seed.device)).argsort(-1)
 
 
 # ---------------------------------------------------------------------------------------------- the image world
@@ -145,8 +152,8 @@ def parse_difficulty(text: str) -> float:
         m = float(text)
     except ValueError:
         m = 0.0
-    if not (m == math.inf or (1 <= m < INFINITE and m == int(m))):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of mappings: give whole numbers from 1 up, or inf")
+    if not (m == math.inf or (1 <= m <= MOST and m == int(m))):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of mappings: give whole numbers from 1 to {MOST:,}, or inf")
     return m
 
 
@@ -350,6 +357,8 @@ def shapes(factors=SIZES, ask=(), embedding="code", code_width=32, code_gain=2.0
         table = (table - table.mean(0)) / (table.std(0) + 1e-6)
     order = np.random.default_rng(0).permutation(len(grid))
     cut = round(0.8 * len(grid))
+    if not 0 < cut < len(grid):
+        raise UsageError(f"--factors: {len(grid)} images leave none to hold out; give more values")
     to = lambda a: torch.as_tensor(a, device=device)
     return Shapes(factors, asked, to(grid), to(full), to(table).float(), to(order[:cut]), to(order[cut:]))
 

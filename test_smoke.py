@@ -65,7 +65,7 @@ def disturbed(model, seed: int = 0):
 # ---------------------------------------------------------------------------------------------- model.py
 
 
-def slow_gpt(model, run: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def slow_gpt(model, run: int, x: np.ndarray, y: np.ndarray, mixing: str) -> np.ndarray:
     """GPT-2 for one run and one sequence, position by position in float64: x (n, t) words or (n, d), y (n, c) -> (n, c)."""
     w = {name: p[run].detach().double().numpy() for name, p in model.named_parameters()}
     linear = lambda v, name: v @ w[name + ".weight"] + w[name + ".bias"][0]
@@ -89,22 +89,23 @@ def slow_gpt(model, run: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
                 score = np.array([q[t][s] @ key[j][s] / math.sqrt(size) for j in range(t + 1)])
                 p = np.exp(score - score.max())
                 out.append(sum(a * value[j][s] for j, a in enumerate(p / p.sum())))
-            h[t] = h[t] + linear(np.concatenate(out), f"blocks.{k}.attention_out")
+            own = norm(h[t], f"blocks.{k}.norm_1")
+            h[t] = h[t] + (own if mixing == "identity" else linear(np.concatenate(out), f"blocks.{k}.attention_out"))
             h[t] = h[t] + linear(gelu(linear(norm(h[t], f"blocks.{k}.norm_2"), f"blocks.{k}.mlp_in")), f"blocks.{k}.mlp_out")
     per_pair = model.config.n_token + 1
     return np.stack([linear(norm(v, "norm"), "read_out") for v in h[per_pair - 2 :: per_pair]])
 
 
-@pytest.mark.parametrize("words", [False, True])
-def test_gpt_equals_slow_gpt2(words):
+@pytest.mark.parametrize("words, mixing", [(False, "attention"), (True, "attention"), (False, "identity")])
+def test_gpt_equals_slow_gpt2(words, mixing):
     config = Config(**TINY, n_word=11, n_token=2) if words else Config(**TINY)
     model = disturbed(GPT(config, [3, 4]))
     x, y, _ = tiny_batch(2)
     if words:
         x = torch.randint(11, (2, 5, 4, 2), generator=torch.Generator().manual_seed(0))
-    got = model(x, y)
+    got = model(x, y, mixing)
     for run, sequence in itertools.product(range(2), range(2)):
-        want = slow_gpt(model, run, x[run, sequence].numpy(), y[run, sequence].numpy())
+        want = slow_gpt(model, run, x[run, sequence].numpy(), y[run, sequence].numpy(), mixing)
         np.testing.assert_allclose(got[run, sequence].detach(), want, atol=1e-5, rtol=1e-4)
 
 
@@ -394,7 +395,7 @@ def test_plateau_length_on_made_curves():
 
 
 def made_run(arm, seed, length, lr=1.0, change=0.1):
-    return dict(arm=arm, difficulty=3, lr=lr, seed=seed, censored=length is None, plateau_length=length, loss=[1.0, 0.5],
+    return dict(arm=arm, difficulty=3, lr=lr, seed=seed, censored=length is None, plateau_length=length, steps=[0, 100], loss=[1.0, 0.5],
                 initial_weights_score=0.5, final_weights_score=0.5 + change)  # fmt: skip
 
 
@@ -402,11 +403,13 @@ def test_summary_pairs_by_seed_and_counts_censored_runs():
     runs = [made_run("baseline", s, v) for s, v in enumerate([40, None, 60])] + [
         made_run("new", s, v) for s, v in enumerate([10, 50, None])
     ]
-    runs += [made_run("new", s, 90, lr=2.0) for s in range(3)]
-    base, new, fast = probes.summarise(runs, budget=100)
+    runs += [made_run("new", s, 90, lr=2.0) for s in range(3)] + [made_run("baseline", s, 30, lr=2.0) for s in range(3)]
+    base, new, fast, fast_base = probes.summarise(runs)
     assert base["plateau_length_median"] == 60 and base["censored"] == 1 and base["paired_differences"] == []
     assert new["paired_differences"] == [-30, -50, 40] and new["plateau_lengths"] == [10, 50, None]
-    assert new["best_lr"] and not fast["best_lr"] and fast["paired_differences"] == [] and base["best_lr"]
+    assert [row["best_lr"] for row in (base, new, fast, fast_base)] == [False, True, False, True]
+    assert new["paired_differences_best"] == [-20, 20, 70] and fast["paired_differences_best"] == []
+    assert fast["paired_differences"] == [60, 60, 60] and fast["paired_differences_median"] == 60
 
 
 def test_rank_correlation():
@@ -451,6 +454,20 @@ def test_exp_plateau_end_to_end_and_resume_equals_unbroken(tmp_path):
     assert (tmp_path / "a" / "figure.png").stat().st_size > 20_000
     wrong = run(f"{flags} --out {tmp_path}/b --resume --batch 5", expect=2)
     assert "--batch" in wrong.stderr and science(tmp_path / "b") == whole
+    other = run(f"exp_warmup.py {SMALL} --switch 0 5 --difficulty 2 inf --lr 1e-3 1e-2 --out {tmp_path}/b --resume", expect=2)
+    assert "exp_plateau.py" in other.stderr and science(tmp_path / "b") == whole
+    assert "--replot" in run(f"exp_warmup.py --replot --out {tmp_path}/b", expect=2).stderr
+
+
+def test_a_run_that_diverges_is_null_and_spares_the_others(tmp_path):
+    done = run(f"exp_plateau.py {SMALL} --difficulty inf --lr 1e-3 1e30 --out {tmp_path}/both")
+    assert "warning: non-finite loss" in done.stdout
+    run(f"exp_plateau.py {SMALL} --difficulty inf --lr 1e-3 --out {tmp_path}/alone")
+    both, alone = science(tmp_path / "both")["runs"], science(tmp_path / "alone")["runs"]
+    assert both[:2] == alone  # bit for bit, every curve and every score
+    for diverged in both[2:]:
+        assert diverged["censored"] and diverged["loss"][0] is not None and diverged["loss"][-1] is None
+        assert diverged["final_weights_score"] is None and diverged["accuracy"][-1] is None
 
 
 def weights_of(folder: Path, checkpoint: str = "checkpoint.pt") -> dict:
@@ -471,6 +488,15 @@ def test_before_its_switch_a_warm_up_run_is_the_easy_run_and_after_it_is_not(tmp
     last = {row["arm"]: row["loss"][-1] for row in metrics["runs"]}
     assert len(set(last.values())) == 7  # every arm went its own way
     assert all(len(row["paired_differences"]) == 2 for row in metrics["summary"] if row["arm"] != "baseline")
+    # the same by hand: steps 0, 1, 2 easy, from step 3 on the target
+    world, seed = shapes((3, 3, 2, 2, 1, 1), FACTORS[:2], code_width=8, code_gain=2.5), torch.tensor([0, 1])
+    model = GPT(Config(d_x=8, d_y=3, n_pair=4, n_layer=2, n_head=2, d_model=16), [0, 1])
+    optimizer = Adam(model, 2e-3)
+    for step in range(12):
+        batch = world.sample(seed, mappings([1.0 if step < 3 else math.inf] * 2, "cpu"), sequence_numbers(seed, step, 4), 4)
+        probes.label_loss(model(batch.x, F.one_hot(batch.label, 3).float()), batch.label).mean((1, 2)).sum().backward()
+        optimizer.step()
+    assert torch.equal(model.read_out.weight.detach(), weights_of(tmp_path / "warm")["read_out.weight"][2:4])
 
 
 def test_reset_keeps_the_stated_part():
@@ -511,14 +537,16 @@ def test_a_mixed_batch_holds_exactly_the_stated_fraction():
 
 
 def test_several_sizes_make_several_programs(tmp_path):
-    flags = f"exp_mixture.py {SMALL} --difficulty inf --fraction 0 0.5 --n-layer 1 2 --out {tmp_path}"
+    flags = f"exp_mixture.py {SMALL} --difficulty inf --fraction 0 0.5 --n-layer 8 1 --out {tmp_path}"
     run(flags)
     whole = science(tmp_path)
-    assert len(whole["runs"]) == 8 and {row["size"] for row in whole["summary"]} == {"1 x 16", "2 x 16"}
+    assert len(whole["runs"]) == 8 and {row["size"] for row in whole["summary"]} == {"8 x 16", "1 x 16"}
     (tmp_path / "metrics.json").unlink()
-    (tmp_path / "checkpoint-2x16.pt").unlink()
+    (tmp_path / "checkpoint-1x16.pt").unlink()
     run(f"{flags} --resume")
     assert science(tmp_path) == whole
+    run(f"{flags} --max-minutes 0")  # stops in the first size, and draws what there is
+    assert len(science(tmp_path)["runs"]) == 4 and not science(tmp_path)["finished"]
 
 
 COMMON = [
@@ -530,6 +558,12 @@ COMMON = [
     ("--n-head 3", "--n-head"),
     ("--seeds 0", "--seeds"),
     ("--device cuda:77", "--device"),
+    ("--device meta", "--device"),
+    ("--lr nan", "--lr"),
+    ("--lr 0", "--lr"),
+    ("--sequences 3", "--sequences"),
+    ("--ask floor_hue --difficulty 1", "--ask"),
+    ("--factors 2 1 1 1 1 1 --ask floor_hue", "--factors"),
     ("--resume", "--resume"),
     ("--replot", "--replot"),
     ("--no-such-flag", "--no-such-flag"),
@@ -542,6 +576,7 @@ OWN = [
     ("exp_mixture.py", "--fraction 0.3", "--fraction"),
     ("exp_mixture.py", "--difficulty 10 --easy-difficulty inf", "--easy-difficulty"),
     ("exp_aux_loss.py", "--weight -1", "--weight"),
+    ("exp_aux_loss.py", "--weight inf", "--weight"),
     ("exp_aux_loss.py", "--loss weights:-1", "--loss"),
     ("exp_aux_loss.py", "--loss magic", "--loss"),
 ]
@@ -560,6 +595,10 @@ def test_wrong_input_ends_in_one_line_that_names_the_flag(script, flags, named, 
 
 
 COMMANDS = re.findall(r"^ *(?:python )(exp_\w+\.py[^\n#]*)", (HERE / "README.md").read_text(), re.M)
+
+
+def test_the_readme_has_commands():
+    assert len(COMMANDS) >= 2
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))
