@@ -7,7 +7,8 @@
 
 Total loss = label loss + weight x extra loss, the extra loss read from the final layer at every x position, with context visible:
   weights   all factor values of x_i (cross-entropy)             context  which factor the sequence asks for
-  shuffled  the values of another, fixed image instead of x_i's: the same gradient load and no information
+  shuffled  the values of another, fixed image instead of x_i's: the same gradient load, no information about the factors
+            (it can only be met by telling images apart one by one)
   norm      mean square of the residual stream after each block; needs no labels
 Cheap explanations, as further arms: decay (decoupled weight decay), clip (gradient norm), epsilon (Adam's).
 Arms of one seed start from the same weights and see the same batches; all are judged on the plain target task.

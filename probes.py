@@ -213,8 +213,7 @@ class Record:
 
     def training_steps(self):
         """The steps to train, one by one. In between: measure, print, save a checkpoint every minute, stop at the time limit."""
-        path = self.path
-        first = self.load_checkpoint(path) if self.args.resume else 0
+        first = self.load_checkpoint(self.path) if self.args.resume else 0
         print(f"{len(self.runs)} runs x {self.budget} steps: {self.settings}", flush=True)
         began = saved = time.perf_counter()
         before = self.seconds["total"]
@@ -226,7 +225,7 @@ class Record:
                 print(self.line(first, now - began), flush=True)
                 stop = step == self.budget or (step > first and now - BEGAN > 60 * self.args.max_minutes)
                 if stop or now - saved > 60:
-                    self.save_checkpoint(path, step)
+                    self.save_checkpoint(self.path, step)
                     saved = now
                 if stop:
                     return
@@ -245,10 +244,10 @@ class Record:
             self.probe_steps.append(step)
             broken = ~loss.isfinite()[:, None]  # a run that blew up has no score
             self.scores.append({key: score.masked_fill(broken, math.nan) for key, score in self.prober(self.model).items()})
-            self.fresh_accuracy = evaluate(self.model, self.fresh)[1].mean(1)
+            self.fresh_accuracy = evaluate(self.model, self.fresh)[1].mean(1).masked_fill(broken[:, 0], math.nan)
             self.seconds["probing"] += time.perf_counter() - began
 
-    def line(self, first: int, seconds: float, label: str = "") -> str:
+    def line(self, first: int, seconds: float) -> str:
         """The newest evaluation: medians over seeds of loss, accuracy and weights score, speed, time left."""
         loss, accuracy = self.loss[-1].tolist(), self.accuracy[-1].tolist()
         weights = self.scores[-1]["weights_score"][:, self.block].tolist()
@@ -264,11 +263,8 @@ class Record:
             parts.append(f"{arm} {median[0]:.2f} {median[1]:3.0%} {median[2]:.2f}")
         self.mark = self.mark or (step, seconds) if step > first else None  # the first interval holds the compilation
         pace = (seconds - self.mark[1]) / (step - self.mark[0]) if self.mark and step > self.mark[0] else 0
-        left = (
-            f"{1000 * pace:.0f} ms/step, {(self.budget - step) * pace / 60:.1f} min left"
-            if pace
-            else "held-out loss, accuracy, weights score"
-        )
+        left = f"{1000 * pace:.0f} ms/step, {(self.budget - step) * pace / 60:.1f} min left"
+        left = left if pace else "held-out loss, accuracy, weights score"
         return f"{step:6d} {step / self.budget:4.0%} | " + " | ".join(parts) + f" | {left}"
 
     def save_checkpoint(self, path: Path, step: int) -> None:

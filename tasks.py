@@ -2,7 +2,8 @@
 
 A sequence asks one factor (say wall hue) and one mapping, a permutation of that factor's values to labels. It holds n
 images, each followed by its label. The learner has to find out from the pairs so far which factor and which mapping.
-`difficulty` m is the number of mappings in play: 1 = always the same one, inf = a fresh one in every sequence.
+`difficulty` m is the number of mappings in play: 1 = always the same one, inf = drawn afresh for every sequence. (A factor of
+4 values has only 24 permutations, as the paper's `shape` has, so there all m far beyond 24 are much the same.)
 
 Every random choice is a hash of (seed, stream, sequence number, place). So a sequence is a pure function of its number:
 no generator state, the same sequences on CPU and GPU, and a run's data do not depend on which runs share the program.
