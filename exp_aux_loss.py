@@ -32,9 +32,9 @@ LOSSES = dict(
 )  # default weight; None: --weight
 
 SCALES = {  # defaults only: any flag overrides them
-    "laptop": dict(difficulty=[math.inf], lr=[2e-3],
-                   factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5, sequences=0, steps=2500, batch=48, pairs=12,
-                   n_layer=3, n_head=2, d_model=64, evaluations=100, probes=10),
+    "laptop": dict(difficulty=[math.inf], lr=[5e-4],
+                   factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5, sequences=0, steps=2000, batch=48, pairs=12,
+                   n_layer=3, n_head=2, d_model=64, evaluations=80, probes=5),
     "paper": dict(difficulty=[20000], lr=[1e-4],
                   factors=SIZES, ask=FACTORS, code_width=768, code_gain=2.5, sequences=100_000, steps=46860, batch=128, pairs=40,
                   n_layer=12, n_head=4, d_model=128, evaluations=240, probes=30),
@@ -177,7 +177,7 @@ def plot(metrics: dict, path: Path) -> None:
     f.axhline(0, color="black", lw=1)
     f.axvline(0, color="black", ls="--", lw=1)
     f.set(
-        title="(f) Gain against the baseline's dysfunction, all runs, all rates",
+        title="(f) Gain against the baseline's dysfunction",
         xlabel="baseline's weights score, end minus start",
         ylabel="steps saved (same seed and rate)",
     )

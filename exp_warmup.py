@@ -25,7 +25,7 @@ from model import GPT, Adam, Config, autocast, compile_blocks, pick_device
 from tasks import FACTORS, SIZES, UsageError, mappings, parse_difficulty, sequence_numbers, shapes
 
 SCALES = {  # defaults only: any flag overrides them
-    "laptop": dict(switch=[0, 250, 500, 1000], difficulty=[math.inf], lr=[2e-3],
+    "laptop": dict(switch=[0, 250, 500, 1000], difficulty=[math.inf], lr=[5e-4],
                    factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5, sequences=0, steps=2500, batch=48, pairs=12,
                    n_layer=3, n_head=2, d_model=64, evaluations=100, probes=10),
     "paper": dict(switch=[0, 1562, 3905, 7810], difficulty=[20000], lr=[1e-4],
@@ -159,7 +159,7 @@ def plot(metrics: dict, path: Path) -> None:
             text = f"keep {keep}, {'in all' if style == 'o-' else 'after the switch'}"
             f.plot(switches, [np.median(v) for v in total], style, label=text, color=f"C{metrics['args']['keep'].index(keep)}")
     f.legend(fontsize=8)
-    f.set(title="(f) Plateau length against switch point (medians)", xlabel="switch at step", ylabel="steps", ylim=0)
+    f.set(title="(f) Against switch point (medians; never = budget)", xlabel="switch at step", ylabel="steps", ylim=0)
     probes.save_figure(path, figure)
 
 

@@ -421,7 +421,7 @@ def test_rank_correlation():
 # ---------------------------------------------------------------------------------------------- the scripts
 
 SMALL = "--steps 12 --batch 4 --pairs 4 --factors 3 3 2 2 1 1 --ask floor_hue wall_hue --n-layer 2 --n-head 2 --d-model 16 --seeds 2 " \
-        "--code-width 8 --evaluations 4 --probes 2 --no-compile --precision fp32 --device cpu --sequences 0"  # fmt: skip
+        "--code-width 8 --lr 2e-3 --evaluations 4 --probes 2 --no-compile --precision fp32 --device cpu --sequences 0"  # fmt: skip
 
 
 def run(command: str, expect: int = 0) -> subprocess.CompletedProcess:
@@ -603,6 +603,7 @@ def test_the_readme_has_commands():
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))
 def test_every_command_of_the_readme_runs(command, tmp_path):
-    switch = "--switch 0 5" if "exp_warmup" in command else ""
-    run(f"{command.strip()} {SMALL} {switch} --out {tmp_path}")
+    script, _, flags = command.strip().partition(" ")
+    own = "--switch 0 5" if script == "exp_warmup.py" else "--fraction 0 0.5" if script == "exp_mixture.py" else ""
+    run(f"{script} {SMALL} {flags} {own} --out {tmp_path}")
     assert (tmp_path / "figure.png").exists()
