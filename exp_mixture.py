@@ -152,17 +152,29 @@ def arms(args: argparse.Namespace) -> list[dict]:
 
 def plot(metrics: dict, path: Path) -> None:
     figure, f, colours, best = probes.draw_arms(metrics, "Mixed training")
+    args, last = metrics["args"], metrics["runs"][-1]
     sizes = list(dict.fromkeys(run["size"] for run in metrics["runs"]))
-    for arm, colour in colours.items():
-        rows = [
-            row
-            for row in metrics["summary"]
-            if row["arm"] == arm and row["best_lr"] and row["difficulty"] == metrics["runs"][-1]["difficulty"]
-        ]
-        f.plot([sizes.index(row["size"]) for row in rows], [row["plateau_length_median"] for row in rows], "o-", color=colour, label=arm)
-    f.set_xticks(range(len(sizes)), sizes)
+    rows = [row for row in metrics["summary"] if row["best_lr"] and row["difficulty"] == last["difficulty"]]
+    fraction = {run["arm"]: run["fraction"] for run in metrics["runs"]}
+    if len(sizes) > 1:
+        for arm, colour in colours.items():
+            mine = [row for row in rows if row["arm"] == arm]
+            f.plot(
+                [sizes.index(row["size"]) for row in mine], [row["plateau_length_median"] for row in mine], "o-", color=colour, label=arm
+            )
+        f.set_xticks(range(len(sizes)), sizes)
+    else:
+        for mix in args["mix"]:
+            mine = sorted((fraction[row["arm"]], row["plateau_length_median"]) for row in rows if row["arm"].endswith((mix, "baseline")))
+            f.plot(*zip(*mine), "o-", label=f"mixed with {mix}")
     f.legend(fontsize=8)
-    f.set(title="(f) Plateau length against size (median, best rate)", xlabel="blocks x width", ylabel="steps", ylim=0)
+    against = ("size", "blocks x width") if len(sizes) > 1 else ("mixture", "fraction of the batch")
+    f.set(
+        title=f"(f) Against {against[0]} (median, best rate)",
+        xlabel=against[1],
+        ylabel="plateau length (steps)",
+        ylim=(0, 1.05 * args["steps"]),
+    )
     probes.save_figure(path, figure)
 
 
