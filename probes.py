@@ -124,7 +124,7 @@ def states(model, x: torch.Tensor, y: torch.Tensor | None = None, mixing: str = 
 class Prober:
     """Everything that is probed, on images and sequences drawn once: call it for a dict of scores (r, k)."""
 
-    def __init__(self, world, seed, m, n: int, images: int = 4096, sequences: int = 1024):
+    def __init__(self, world, seed, m, n: int, images: int = 4096, sequences: int = 768):
         generator = torch.Generator().manual_seed(0)
         draw = lambda pool, count: pool[torch.randperm(len(pool), generator=generator)[:count].to(pool.device)]
         image = [draw(world.train, images), draw(world.test, images // 4)]
