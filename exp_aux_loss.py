@@ -171,9 +171,10 @@ def plot(metrics: dict, path: Path) -> None:
         base = next(
             (r for r in metrics["runs"] if r["arm"] == "baseline" and all(r[k] == run[k] for k in ("seed", "lr", "difficulty"))), None
         )
-        if base and run["arm"] in colours and run["arm"] != "baseline" and base["final_weights_score"] is not None:
-            fallen = base["final_weights_score"] - base["initial_weights_score"]
-            f.plot(fallen, probes.budgeted_length(base) - probes.budgeted_length(run), "o", ms=4, color=colours[run["arm"]])
+        if base and run["arm"] in colours and run["arm"] != "baseline" and probes.score_change(base) is not None:
+            f.plot(
+                probes.score_change(base), probes.budgeted_length(base) - probes.budgeted_length(run), "o", ms=4, color=colours[run["arm"]]
+            )
     f.axhline(0, color="black", lw=1)
     f.axvline(0, color="black", ls="--", lw=1)
     f.set(

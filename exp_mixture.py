@@ -101,20 +101,15 @@ def train(args: argparse.Namespace, out: Path) -> None:
 
 def train_size(args: argparse.Namespace, n_layer: int, d_model: int, device: torch.device, checkpoint: str) -> dict:
     world = shapes(args.factors, args.ask, args.embedding, args.code_width, args.code_gain, device)
-    foreign = (
-        shapes(args.factors, args.ask, "code", world.table.shape[1], args.code_gain, device, code_seed=1)
-        if "unrelated" in args.mix
-        else world
-    )
+    foreign = None
+    if "unrelated" in args.mix:
+        foreign = shapes(args.factors, args.ask, "code", world.table.shape[1], args.code_gain, device, code_seed=1)
     size = f"{n_layer} x {d_model}"
     runs = [dict(**arm, size=size, difficulty=m, lr=lr, seed=s) for m in args.difficulty for arm in arms(args) for lr in args.lr
             for s in range(args.seeds)]  # fmt: skip
     column = lambda key: [run[key] for run in runs]
-    seed, target, easy = (
-        torch.tensor(column("seed"), device=device),
-        mappings(column("difficulty"), device),
-        mappings([args.easy_difficulty], device),
-    )
+    seed, target = torch.tensor(column("seed"), device=device), mappings(column("difficulty"), device)
+    easy = mappings([args.easy_difficulty], device)
     mixed = easy_rows(column("fraction"), args.batch).to(device)
     unrelated = torch.tensor([run["mix"] == "unrelated" for run in runs], device=device)[:, None]
     model = GPT(Config(d_x=world.table.shape[1], d_y=world.n_label, n_pair=args.pairs, n_layer=n_layer,
@@ -127,7 +122,7 @@ def train_size(args: argparse.Namespace, n_layer: int, d_model: int, device: tor
     for step in record.training_steps():
         m = torch.where(mixed, easy, target[:, None])  # (r, b): the mixture
         batch = world.sample(seed, m, sequence_numbers(seed, step, args.batch, args.sequences), args.pairs)
-        x = torch.where((mixed & unrelated)[..., None, None], foreign.table[batch.image], batch.x)
+        x = torch.where((mixed & unrelated)[..., None, None], foreign.table[batch.image], batch.x) if foreign else batch.x
         with autocast(device, args.precision):
             logits = model(x, F.one_hot(batch.label, world.n_label).float())
         loss = probes.label_loss(logits, batch.label).mean((1, 2))  # (r,), one mean per run

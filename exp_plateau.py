@@ -93,8 +93,8 @@ def train(args: argparse.Namespace, out: Path) -> None:
 
     metrics = record.metrics(device)
     metrics["best_lr"] = best_rate(metrics)
-    paired = [(run["final_weights_score"] - run["initial_weights_score"], probes.budgeted_length(run))
-              for run in metrics["runs"] if run["lr"] == metrics["best_lr"] and run["final_weights_score"] is not None]  # fmt: skip
+    paired = [(probes.score_change(run), probes.budgeted_length(run)) for run in metrics["runs"]
+              if run["lr"] == metrics["best_lr"] and probes.score_change(run) is not None]  # fmt: skip
     metrics["weights_score_change_against_plateau_length"] = {"rho": probes.rank_correlation(*zip(*paired)), "n": len(paired)}
     metrics["example"] = example(world, args.pairs)
     probes.save_json(out / "metrics.json", metrics)
@@ -134,7 +134,7 @@ def plot(metrics: dict, path: Path) -> None:
     (a, b, c), (d, e, f) = axes[:2]
     budget = runs[0]["steps"][-1]
     score = lambda key: lambda run: [row[block] for row in run[key]]
-    change = lambda run: (math.nan if run["final_weights_score"] is None else run["final_weights_score"]) - run["initial_weights_score"]
+    change = lambda run: math.nan if probes.score_change(run) is None else probes.score_change(run)
     start = float(np.median([run["initial_weights_score"] for run in runs]))
 
     probes.curves(a, groups, "steps", lambda run: [v and v / run["no_context_loss"] for v in run["loss"]])

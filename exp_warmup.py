@@ -143,16 +143,10 @@ def plot(metrics: dict, path: Path) -> None:
     for axes in figure.axes[:2]:
         for switch in metrics["args"]["switch"]:
             axes.axvline(switch, color="grey", ls="--", lw=0.7)
+    last = metrics["runs"][-1]["difficulty"]
+    at_best = [run for run in metrics["runs"] if run["difficulty"] == last and best.get(run["arm"]) == run["lr"]]
     for keep in metrics["args"]["keep"]:
-        rows = [
-            row
-            for arm, lr in best.items()
-            for row in metrics["runs"]
-            if (row["arm"], row["lr"]) == (arm, lr) and row["keep"] in (keep, "all")
-        ]
-        rows = [
-            row for row in rows if row["difficulty"] == metrics["runs"][-1]["difficulty"] and (row["keep"] == keep or not row["switch"])
-        ]
+        rows = [run for run in at_best if run["keep"] == keep or not run["switch"]]
         switches = sorted({row["switch"] for row in rows})
         for style, value in (("o-", probes.budgeted_length), ("s:", lambda row: probes.budgeted_length(row) - row["switch"])):
             total = [[value(row) for row in rows if row["switch"] == switch] for switch in switches]

@@ -229,7 +229,7 @@ def adam_update(p, g, mean, square, count, lr, eps, weight_decay, beta1, beta2):
 def pick_device(device: str, precision: str) -> tuple[torch.device, str]:
     """--device and --precision, with auto resolved: a GPU if there is one; bf16 where the hardware multiplies it.
 
-    Raises ValueError, naming the flag, for a device that is not there.
+    Raises UsageError, naming the flag, for a device that is not there.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -367,12 +367,11 @@ def summarise(runs: list[dict], baseline: str = "baseline") -> list[dict]:
     paired_differences: to the baseline at the same rate; ..._best: at its own best rate, given where the arm is at its best.
     """
     key = lambda run: (run["arm"], run["difficulty"], run["lr"], run.get("size"))
-    change = lambda run: None if run["final_weights_score"] is None else round(run["final_weights_score"] - run["initial_weights_score"], 4)
     median = lambda values: statistics.median(values) if values else None
     groups = {group: [run for run in runs if key(run) == group] for group in dict.fromkeys(map(key, runs))}
     rows = []
     for group, mine in groups.items():
-        changes = [value for value in map(change, mine) if value is not None]
+        changes = [round(value, 4) for value in map(score_change, mine) if value is not None]
         rows.append({
             "arm": group[0], "difficulty": group[1], "lr": group[2], "size": group[3], "n": len(mine),
             "plateau_length_median": median(list(map(budgeted_length, mine))),
@@ -420,6 +419,11 @@ def curves(ax, groups: dict, x: str, y) -> None:
 def budgeted_length(run: dict) -> int:
     """Plateau length, or the budget for a censored run."""
     return run["steps"][-1] if run["censored"] else run["plateau_length"]
+
+
+def score_change(run: dict) -> float | None:
+    """Weights score at the headline block, end minus start; None for a run that diverged."""
+    return None if run["final_weights_score"] is None else run["final_weights_score"] - run["initial_weights_score"]
 
 
 def draw_arms(metrics: dict, title: str):
