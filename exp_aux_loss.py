@@ -4,12 +4,14 @@
     python exp_aux_loss.py --loss none weights:0.1 weights:1 norm       a weight after the colon
     python exp_aux_loss.py --loss none weights norm weights+norm        losses added up
     python exp_aux_loss.py --lr 5e-4 1e-3 2e-3                          every arm also at its own best learning rate
+    python exp_aux_loss.py --task linear                                linear regression; difficulty is the dimension (claim 8)
 
 Total loss = label loss + weight x extra loss, the extra loss read from the final layer at every x position, with context visible:
   weights   all factor values of x_i (cross-entropy)             context  which factor the sequence asks for
   shuffled  the values of another, fixed image instead of x_i's: the same gradient load, no information about the factors
             (it can only be met by telling images apart one by one)
   norm      mean square of the residual stream after each block; needs no labels
+In regression: weights = x_i itself (squared error / d), context = the hidden w, shuffled = the x_i of another sequence.
 Cheap explanations, as further arms: decay (decoupled weight decay), clip (gradient norm), epsilon (Adam's).
 Arms of one seed start from the same weights and see the same batches; all are judged on the plain target task.
 """
@@ -21,23 +23,26 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from torch.nn import functional as F
 
 import probes
 from model import GPT, Adam, Config, Linear, autocast, compile_blocks, pick_device
-from tasks import FACTORS, SIZES, UsageError, mappings, parse_difficulty, sequence_numbers, shapes
+from tasks import FACTORS, SIZES, Regression, UsageError, mappings, parse_difficulty, sequence_numbers, shapes
 
 LOSSES = dict(
-    none=0.0, weights=None, context=None, shuffled=None, norm=0.01, decay=0.1, clip=1.0, epsilon=1e-4
+    none=0.0, weights=None, context=None, shuffled=None, norm=0.01, decay=1.0, clip=0.2, epsilon=1e-4
 )  # default weight; None: --weight
 
 SCALES = {  # defaults only: any flag overrides them
-    "laptop": dict(difficulty=[math.inf], lr=[5e-4],
+    ("shapes", "laptop"): dict(embedding="code", difficulty=[math.inf], lr=[5e-4],
                    factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5, sequences=0, steps=2000, batch=48, pairs=12,
                    n_layer=3, n_head=2, d_model=64, evaluations=80, probes=5),
-    "paper": dict(difficulty=[20000], lr=[1e-4],
+    ("shapes", "paper"): dict(embedding="code", difficulty=[20000], lr=[1e-4],
                   factors=SIZES, ask=FACTORS, code_width=768, code_gain=2.5, sequences=100_000, steps=46860, batch=128, pairs=40,
                   n_layer=12, n_head=4, d_model=128, evaluations=240, probes=30),
+    ("linear", "laptop"): dict(difficulty=[2, 4, 8], noise=0.0, lr=[1e-3], sequences=0, steps=2500, batch=64,
+                               n_layer=3, n_head=2, d_model=32, evaluations=100, probes=5),
+    ("linear", "paper"): dict(difficulty=[5, 10, 20, 30, 40, 50], noise=0.0, lr=[1e-4], sequences=0, steps=200_000, batch=64,
+                              n_layer=12, n_head=4, d_model=128, evaluations=400, probes=20),
 }  # fmt: skip
 
 
@@ -52,25 +57,28 @@ def arguments() -> argparse.Namespace:
     run.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     run.add_argument("--replot", action="store_true", help="redraw figure.png from metrics.json, train nothing")
     run.add_argument("--max-minutes", type=float, default=math.inf, help="stop cleanly after this long; --resume continues")
-    run.add_argument("--scale", choices=SCALES, default="laptop", help="which set of defaults (any flag overrides)")
+    run.add_argument("--scale", choices=("laptop", "paper"), default="laptop", help="which set of defaults (any flag overrides)")
     run.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of training; measures are always fp32")
     run.add_argument("--no-compile", action="store_true", help="train without torch.compile")
     exp = parser.add_argument_group("experiment")
-    exp.add_argument("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, one or several; inf = always fresh")
+    exp.add_argument("--task", choices=("shapes", "linear"), default="shapes", help="images with factors, or linear regression")
+    exp.add_argument("--difficulty", type=parse_difficulty, nargs="+",
+                     help="shapes: mappings in play, inf = always fresh; linear: dimension d; one or several")  # fmt: skip
     exp.add_argument("--loss", type=parse_arm, nargs="+", default=["none", "weights", "context", "shuffled", "norm"],
                      help=f"arms: {', '.join(LOSSES)}; weights:0.3 sets a weight, weights+norm adds losses up")  # fmt: skip
     exp.add_argument(
         "--weight", type=float, nargs="+", default=[0.1], help="weights of the weights, context and shuffled losses (default 0.1)"
     )
     exp.add_argument("--lr", type=float, nargs="+", help="Adam's learning rate, one or several")
-    exp.add_argument("--embedding", default="code", help="pixels, code, vae, or a file.npz in the paper's layout (default code)")
+    exp.add_argument("--noise", type=float, help="linear: standard deviation of the noise on y (default 0)")
+    exp.add_argument("--embedding", help="pixels, code, vae, or a file.npz in the paper's layout (default code)")
     exp.add_argument("--code-width", type=int, help="dimensions of the code embedding")
     exp.add_argument("--code-gain", type=float, help="entanglement of the code embedding")
     exp.add_argument("--factors", type=int, nargs=6, help="values per factor, 1 = constant")
     exp.add_argument("--ask", choices=FACTORS, nargs="+", help="factors that may be asked; the others only vary")
     exp.add_argument("--steps", type=int, help="training steps, the budget")
     exp.add_argument("--batch", type=int, help="sequences per step")
-    exp.add_argument("--pairs", type=int, help="(image, label) pairs per sequence")
+    exp.add_argument("--pairs", type=int, help="(x, y) pairs per sequence; linear: 2 x the largest d + 1 by default")
     exp.add_argument("--sequences", type=int, help="size of the training set of sequences, 0 = always fresh")
     exp.add_argument("--n-layer", type=int, help="blocks")
     exp.add_argument("--n-head", type=int, help="attention heads")
@@ -78,10 +86,11 @@ def arguments() -> argparse.Namespace:
     exp.add_argument("--evaluations", type=int, help="points of a curve")
     exp.add_argument("--probes", type=int, help="times the states are probed, after the start")
     args = parser.parse_args()
-    for name, value in SCALES[args.scale].items():
+    for name, value in SCALES[args.task, args.scale].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     probes.check(args)
+    args.pairs = args.pairs or 2 * int(max(args.difficulty)) + 1
     if not all(0 <= weight < math.inf for weight in args.weight):
         raise UsageError(f"--weight {args.weight}: must be numbers from 0 up")
     return args
@@ -117,36 +126,37 @@ def arms(args: argparse.Namespace) -> list[dict]:
 
 def train(args: argparse.Namespace, out: Path) -> None:
     device, args.precision = pick_device(args.device, args.precision)
-    world = shapes(args.factors, args.ask, args.embedding, args.code_width, args.code_gain, device)
+    if args.task == "linear":
+        world = Regression(int(max(args.difficulty)), args.noise, device)
+    else:
+        world = shapes(args.factors, args.ask, args.embedding, args.code_width, args.code_gain, device)
     runs = [
         dict(**arm, difficulty=m, lr=lr, seed=s) for m in args.difficulty for arm in arms(args) for lr in args.lr for s in range(args.seeds)
     ]
     column = lambda key: [run[key] for run in runs]
     weight = lambda name, absent=0.0: torch.tensor([run["extra"].get(name, absent) for run in runs], device=device)
     seed, m = torch.tensor(column("seed"), device=device), mappings(column("difficulty"), device)
-    model = GPT(Config(d_x=world.table.shape[1], d_y=world.n_label, n_pair=args.pairs, n_layer=args.n_layer,
+    model = GPT(Config(**world.inputs, n_pair=args.pairs, n_layer=args.n_layer,
                        n_head=args.n_head, d_model=args.d_model), column("seed"))  # fmt: skip
-    sizes = [world.sizes[f] for f in world.varying]
-    model.extra = Linear(len(runs), args.d_model, sum(sizes) + len(world.asked))  # read-outs of the extra losses
+    model.extra = Linear(len(runs), args.d_model, world.n_value + world.n_asked)  # read-outs of the extra losses
     model.extra.initialise(column("seed"))
     model = model.to(device)
     optimizer = Adam(model, column("lr"), eps=weight("epsilon", 1e-8), weight_decay=weight("decay"), clip=weight("clip", math.inf))
     record = probes.Record(args, runs, world, model, optimizer)
     weights, context, shuffled, norm = (weight(name) for name in ("weights", "context", "shuffled", "norm"))
-    other = torch.randperm(len(world.values), generator=torch.Generator().manual_seed(0)).to(device)  # image -> another image
     if not args.no_compile:
         compile_blocks(model)
 
     for step in record.training_steps():
         batch = world.sample(seed, m, sequence_numbers(seed, step, args.batch, args.sequences), args.pairs)
         with autocast(device, args.precision):
-            logits, states = model(batch.x, F.one_hot(batch.label, world.n_label).float(), hidden=True)
-            guess = model.extra(model.norm(rearrange(model.at_x(states[-1]), "r b n d -> r (b n) d"))).float()
-        loss = probes.label_loss(logits, batch.label).mean((1, 2))  # (r,), one mean per run
-        value, asked = guess.split([sum(sizes), len(world.asked)], -1)
-        loss = loss + weights * value_loss(value, batch.values[..., world.varying], sizes)
-        loss = loss + shuffled * value_loss(value, world.values[other[batch.image]][..., world.varying], sizes)
-        loss = loss + context * value_loss(asked, batch.asked[:, :, None, None].expand(-1, -1, args.pairs, -1), [len(world.asked)])
+            logits, states = model(batch.x, batch.y, hidden=True)
+            guess = model.extra(model.norm(rearrange(model.at_x(states[-1]), "r b n d -> r (b n) d")))
+        value, asked = rearrange(guess, "r (b n) o -> r b n o", b=args.batch).split([world.n_value, world.n_asked], -1)
+        loss = world.loss(logits, batch).mean((1, 2))  # (r,), one mean per run
+        loss = loss + weights * world.value_loss(value, batch.values).mean((1, 2))
+        loss = loss + shuffled * world.value_loss(value, world.other_values(batch)).mean((1, 2))
+        loss = loss + context * world.asked_loss(asked, batch).mean((1, 2))
         loss = loss + norm * torch.stack([h.square().mean((1, 2, 3)) for h in states]).mean(0)
         loss.sum().backward()  # nothing crosses the run axis: the sum's gradient is each run's own
         optimizer.step()
@@ -154,12 +164,6 @@ def train(args: argparse.Namespace, out: Path) -> None:
     metrics = record.metrics(device)
     probes.save_json(out / "metrics.json", metrics)
     probes.report(metrics)
-
-
-def value_loss(logits: torch.Tensor, values: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """Cross-entropy per run, mean over factors: logits (r, b*n, sum of sizes), values (r, b, n, f) -> (r,)."""
-    values = rearrange(values, "r b n f -> f r 1 (b n)")
-    return torch.stack([probes.label_loss(part[:, None], v).mean((1, 2)) for part, v in zip(logits.split(sizes, -1), values)]).mean(0)
 
 
 # ---------------------------------------------------------------------------------------------- the picture

@@ -20,7 +20,6 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 
 import probes
 from model import GPT, Adam, Config, autocast, compile_blocks, pick_device
@@ -112,7 +111,7 @@ def train_size(args: argparse.Namespace, n_layer: int, d_model: int, device: tor
     easy = mappings([args.easy_difficulty], device)
     mixed = easy_rows(column("fraction"), args.batch).to(device)
     unrelated = torch.tensor([run["mix"] == "unrelated" for run in runs], device=device)[:, None]
-    model = GPT(Config(d_x=world.table.shape[1], d_y=world.n_label, n_pair=args.pairs, n_layer=n_layer,
+    model = GPT(Config(**world.inputs, n_pair=args.pairs, n_layer=n_layer,
                        n_head=args.n_head, d_model=d_model), column("seed")).to(device)  # fmt: skip
     optimizer = Adam(model, column("lr"))
     record = probes.Record(args, runs, world, model, optimizer, checkpoint)
@@ -122,10 +121,10 @@ def train_size(args: argparse.Namespace, n_layer: int, d_model: int, device: tor
     for step in record.training_steps():
         m = torch.where(mixed, easy, target[:, None])  # (r, b): the mixture
         batch = world.sample(seed, m, sequence_numbers(seed, step, args.batch, args.sequences), args.pairs)
-        x = torch.where((mixed & unrelated)[..., None, None], foreign.table[batch.image], batch.x) if foreign else batch.x
+        x = torch.where((mixed & unrelated)[..., None, None], foreign.table[batch.item], batch.x) if foreign else batch.x
         with autocast(device, args.precision):
-            logits = model(x, F.one_hot(batch.label, world.n_label).float())
-        loss = probes.label_loss(logits, batch.label).mean((1, 2))  # (r,), one mean per run
+            logits = model(x, batch.y)
+        loss = world.loss(logits, batch).mean((1, 2))  # (r,), one mean per run
         loss.sum().backward()  # nothing crosses the run axis: the sum's gradient is each run's own
         optimizer.step()
     return record.metrics(device)

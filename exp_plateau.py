@@ -3,6 +3,7 @@
     python exp_plateau.py                                       the whole figure, laptop scale
     python exp_plateau.py --difficulty 1 10 inf --seeds 5       your own sweep
     python exp_plateau.py --difficulty inf --lr 5e-4 1e-3 2e-3  plateau length and spread against the learning rate
+    python exp_plateau.py --task linear                         linear regression; difficulty is the dimension (claim 8)
 
 Runs = difficulties x learning rates x seeds, all trained in one program. Writes metrics.json, figure.png, checkpoint.pt.
 """
@@ -15,19 +16,22 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 import probes
 from model import GPT, Adam, Config, autocast, compile_blocks, pick_device
-from tasks import FACTORS, SIZES, UsageError, image, mappings, parse_difficulty, render, sequence_numbers, shapes
+from tasks import FACTORS, SIZES, Regression, UsageError, image, mappings, parse_difficulty, render, sequence_numbers, shapes
 
 SCALES = {  # defaults only: any flag overrides them
-    "laptop": dict(difficulty=[1, 8, 64, math.inf], lr=[2e-3],
+    ("shapes", "laptop"): dict(embedding="code", difficulty=[1, 8, 64, math.inf], lr=[2e-3],
                    factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5, sequences=0, steps=2500, batch=48, pairs=12,
                    n_layer=3, n_head=2, d_model=64, evaluations=100, probes=10),
-    "paper": dict(difficulty=[1, 10, 100, 1000, 5000, 20000, math.inf], lr=[1e-4],
+    ("shapes", "paper"): dict(embedding="code", difficulty=[1, 10, 100, 1000, 5000, 20000, math.inf], lr=[1e-4],
                   factors=SIZES, ask=FACTORS, code_width=768, code_gain=2.5, sequences=100_000, steps=46860, batch=128, pairs=40,
                   n_layer=12, n_head=4, d_model=128, evaluations=240, probes=30),
+    ("linear", "laptop"): dict(difficulty=[2, 4, 8], noise=0.0, lr=[1e-3], sequences=0, steps=2500, batch=64,
+                               n_layer=3, n_head=2, d_model=32, evaluations=100, probes=5),
+    ("linear", "paper"): dict(difficulty=[5, 10, 20, 30, 40, 50], noise=0.0, lr=[1e-4], sequences=0, steps=200_000, batch=64,
+                              n_layer=12, n_head=4, d_model=128, evaluations=400, probes=20),
 }  # fmt: skip
 
 
@@ -42,20 +46,23 @@ def arguments() -> argparse.Namespace:
     run.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     run.add_argument("--replot", action="store_true", help="redraw figure.png from metrics.json, train nothing")
     run.add_argument("--max-minutes", type=float, default=math.inf, help="stop cleanly after this long; --resume continues")
-    run.add_argument("--scale", choices=SCALES, default="laptop", help="which set of defaults (any flag overrides)")
+    run.add_argument("--scale", choices=("laptop", "paper"), default="laptop", help="which set of defaults (any flag overrides)")
     run.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of training; measures are always fp32")
     run.add_argument("--no-compile", action="store_true", help="train without torch.compile")
     exp = parser.add_argument_group("experiment")
-    exp.add_argument("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, one or several; inf = always fresh")
+    exp.add_argument("--task", choices=("shapes", "linear"), default="shapes", help="images with factors, or linear regression")
+    exp.add_argument("--difficulty", type=parse_difficulty, nargs="+",
+                     help="shapes: mappings in play, inf = always fresh; linear: dimension d; one or several")  # fmt: skip
     exp.add_argument("--lr", type=float, nargs="+", help="Adam's learning rate, one or several")
-    exp.add_argument("--embedding", default="code", help="pixels, code, vae, or a file.npz in the paper's layout (default code)")
+    exp.add_argument("--noise", type=float, help="linear: standard deviation of the noise on y (default 0)")
+    exp.add_argument("--embedding", help="pixels, code, vae, or a file.npz in the paper's layout (default code)")
     exp.add_argument("--code-width", type=int, help="dimensions of the code embedding")
     exp.add_argument("--code-gain", type=float, help="entanglement of the code embedding")
     exp.add_argument("--factors", type=int, nargs=6, help="values per factor, 1 = constant")
     exp.add_argument("--ask", choices=FACTORS, nargs="+", help="factors that may be asked; the others only vary")
     exp.add_argument("--steps", type=int, help="training steps, the budget")
     exp.add_argument("--batch", type=int, help="sequences per step")
-    exp.add_argument("--pairs", type=int, help="(image, label) pairs per sequence")
+    exp.add_argument("--pairs", type=int, help="(x, y) pairs per sequence; linear: 2 x the largest d + 1 by default")
     exp.add_argument("--sequences", type=int, help="size of the training set of sequences, 0 = always fresh")
     exp.add_argument("--n-layer", type=int, help="blocks")
     exp.add_argument("--n-head", type=int, help="attention heads")
@@ -63,20 +70,24 @@ def arguments() -> argparse.Namespace:
     exp.add_argument("--evaluations", type=int, help="points of a curve")
     exp.add_argument("--probes", type=int, help="times the states are probed, after the start")
     args = parser.parse_args()
-    for name, value in SCALES[args.scale].items():
+    for name, value in SCALES[args.task, args.scale].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     probes.check(args)
+    args.pairs = args.pairs or 2 * int(max(args.difficulty)) + 1
     return args
 
 
 def train(args: argparse.Namespace, out: Path) -> None:
     device, args.precision = pick_device(args.device, args.precision)
-    world = shapes(args.factors, args.ask, args.embedding, args.code_width, args.code_gain, device)
+    if args.task == "linear":
+        world = Regression(int(max(args.difficulty)), args.noise, device)
+    else:
+        world = shapes(args.factors, args.ask, args.embedding, args.code_width, args.code_gain, device)
     runs = [dict(arm="baseline", difficulty=m, lr=lr, seed=s) for m in args.difficulty for lr in args.lr for s in range(args.seeds)]
     column = lambda key: [run[key] for run in runs]
     seed, m = torch.tensor(column("seed"), device=device), mappings(column("difficulty"), device)
-    model = GPT(Config(d_x=world.table.shape[1], d_y=world.n_label, n_pair=args.pairs, n_layer=args.n_layer,
+    model = GPT(Config(**world.inputs, n_pair=args.pairs, n_layer=args.n_layer,
                        n_head=args.n_head, d_model=args.d_model), column("seed")).to(device)  # fmt: skip
     optimizer = Adam(model, column("lr"))
     record = probes.Record(args, runs, world, model, optimizer)
@@ -86,8 +97,8 @@ def train(args: argparse.Namespace, out: Path) -> None:
     for step in record.training_steps():
         batch = world.sample(seed, m, sequence_numbers(seed, step, args.batch, args.sequences), args.pairs)
         with autocast(device, args.precision):
-            logits = model(batch.x, F.one_hot(batch.label, world.n_label).float())
-        loss = probes.label_loss(logits, batch.label).mean((1, 2))  # (r,), one mean per run
+            logits = model(batch.x, batch.y)
+        loss = world.loss(logits, batch).mean((1, 2))  # (r,), one mean per run
         loss.sum().backward()  # nothing crosses the run axis: the sum's gradient is each run's own
         optimizer.step()
 
@@ -96,7 +107,8 @@ def train(args: argparse.Namespace, out: Path) -> None:
     paired = [(probes.score_change(run), probes.budgeted_length(run)) for run in metrics["runs"]
               if run["lr"] == metrics["best_lr"] and probes.score_change(run) is not None]  # fmt: skip
     metrics["weights_score_change_against_plateau_length"] = {"rho": probes.rank_correlation(*zip(*paired)), "n": len(paired)}
-    metrics["example"] = example(world, args.pairs)
+    if args.task == "shapes":
+        metrics["example"] = example(world, args.pairs)
     probes.save_json(out / "metrics.json", metrics)
     probes.report(metrics)
     relation = metrics["weights_score_change_against_plateau_length"]
@@ -109,7 +121,7 @@ def example(world, n: int) -> dict:
     """One worked sequence for the picture: asked factor, labels, and factor values from which a replot renders the images."""
     one = torch.tensor([0], device=world.values.device)
     batch = world.sample(one, mappings([math.inf], one.device), one[None] + 3, n)
-    full = world.full[batch.image[0, 0]]
+    full = world.full[batch.item[0, 0]]
     return {"asked": FACTORS[world.asked[batch.asked.item()]], "label": batch.label[0, 0].tolist(), "values": full.tolist()}
 
 

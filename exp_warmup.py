@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 import probes
 from model import GPT, Adam, Config, autocast, compile_blocks, pick_device
@@ -91,7 +90,7 @@ def train(args: argparse.Namespace, out: Path) -> None:
     column = lambda key: [run[key] for run in runs]
     seed, target = torch.tensor(column("seed"), device=device), mappings(column("difficulty"), device)
     switch, easy = torch.tensor(column("switch"), device=device), mappings([args.warmup_difficulty], device)
-    model = GPT(Config(d_x=world.table.shape[1], d_y=world.n_label, n_pair=args.pairs, n_layer=args.n_layer,
+    model = GPT(Config(**world.inputs, n_pair=args.pairs, n_layer=args.n_layer,
                        n_head=args.n_head, d_model=args.d_model), column("seed")).to(device)  # fmt: skip
     optimizer = Adam(model, column("lr"))
     initial = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -105,8 +104,8 @@ def train(args: argparse.Namespace, out: Path) -> None:
         m = torch.where(step < switch, easy, target)  # (r,): the warm-up
         batch = world.sample(seed, m, sequence_numbers(seed, step, args.batch, args.sequences), args.pairs)
         with autocast(device, args.precision):
-            logits = model(batch.x, F.one_hot(batch.label, world.n_label).float())
-        loss = probes.label_loss(logits, batch.label).mean((1, 2))  # (r,), one mean per run
+            logits = model(batch.x, batch.y)
+        loss = world.loss(logits, batch).mean((1, 2))  # (r,), one mean per run
         loss.sum().backward()  # nothing crosses the run axis: the sum's gradient is each run's own
         optimizer.step()
 

@@ -7,6 +7,8 @@ read-out finds all factor values of a held-out image in the hidden state of that
   weights_score_converged  closed-form ridge on standardised states: is the information there at all?
   spread                   root of the summed variance of the state over images: does it drown in a few directions?
 Dysfunction = weights_score below its own value at initialisation. All measures are taken in fp32, on held-out data.
+In regression the read-out returns the vector x itself and the score is its normalised squared error: 1 = nothing known, LOWER is
+better, dysfunction = above its own value at initialisation. A text has no identity variant: its words must meet by attention.
 """
 
 from __future__ import annotations
@@ -29,86 +31,97 @@ import torch
 from einops import rearrange
 from torch.nn import functional as F
 
-from tasks import HELD_OUT, UsageError, mappings, references
+from tasks import HELD_OUT, UsageError, mappings
 
 matplotlib.use("Agg")  # figures go to files
 
 BEGAN = time.perf_counter()  # of the command, for --max-minutes
 PROBE_STEPS, PROBE_BATCH, PROBE_RATE = 782, 128, 1e-3  # steps and rate of the paper; a small world is passed over many times
 ESCAPE = 0.8  # of the best loss without context: Kim et al. (arXiv 2410.05448); a learner of the label set alone stays above
-COMPLETE = 0.95  # of the Bayes accuracy
+COMPLETE = 0.95  # of the Bayes accuracy; in regression: loss within 0.1 of the Bayes loss
 
 
 # ---------------------------------------------------------------------------------------------- accuracy
 
 
-def label_loss(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats at every x: logits (r, b, n, c), label (r, b, n) -> (r, b, n)."""
-    flat = F.cross_entropy(rearrange(logits.float(), "r b n c -> (r b n) c"), label.flatten(), reduction="none")
-    return flat.view(label.shape)
-
-
 @torch.no_grad()
-def evaluate(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean loss (r,) and accuracy by position (r, n) on a batch of sequences."""
+def evaluate(model, world, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and accuracy by position, both (r, n), on a batch of sequences; regression has no accuracy (NaN)."""
     with torch.compiler.set_stance("force_eager"):  # never compile again for a second shape
-        logits = model(batch.x, F.one_hot(batch.label, model.config.d_y).float())
-    hit = (logits.argmax(-1) == batch.label).float()
-    return label_loss(logits, batch.label).mean((1, 2)), hit.mean(1)
+        logits = model(batch.x, batch.y)
+    loss = world.loss(logits, batch).mean(1)
+    hit = (logits.argmax(-1) == batch.label).float().mean(1) if world.n_label else torch.full_like(loss, math.nan)
+    return loss, hit
 
 
 # ---------------------------------------------------------------------------------------------- linear probes
 
 
-def read_accuracy(logits: torch.Tensor, absent: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Accuracy (g,), averaged over targets: logits (g, f*v, i), absent (f, v) values that do not exist, target (g, i, f)."""
-    logits = rearrange(logits, "g (f v) i -> g i f v", f=len(absent)).masked_fill(absent, -math.inf)
-    return (logits.argmax(-1) == target).float().mean((1, 2))
+def read_score(out: torch.Tensor, target: torch.Tensor, sizes: list[int] | None) -> torch.Tensor:
+    """Score of read-outs (g, c, i) against targets (g or 1, i, f): accuracy of each factor (g, f), c = f * largest size.
+
+    sizes None: the squared error over the variance of the target, (g, 1), of the dimensions that are there (padding is constant).
+    """
+    if sizes is None:
+        present = target.var(1, keepdim=True) > 0
+        error = (out.mT - target).square() * present
+        return error.sum((1, 2))[:, None] / ((target - target.mean(1, keepdim=True)).square() * present).sum((1, 2))[:, None]
+    absent = absent_values(sizes, out.device)
+    out = rearrange(out, "g (f v) i -> g i f v", f=len(absent)).masked_fill(absent, -math.inf)
+    return (out.argmax(-1) == target).float().mean(1)
 
 
 def absent_values(sizes: list[int], device) -> torch.Tensor:
     return torch.arange(max(sizes), device=device) >= torch.tensor(sizes, device=device)[:, None]
 
 
+def goals(target: torch.Tensor, sizes: list[int] | None, dtype) -> torch.Tensor:
+    """What a read-out is fitted to: targets (g or 1, i, f) -> (g or 1, i, c), one-hot, or the numbers themselves."""
+    return target.to(dtype) if sizes is None else rearrange(F.one_hot(target, max(sizes)).to(dtype), "g i f v -> g i (f v)")
+
+
 @torch.no_grad()
-def linear_probe(train, target, test, test_target, sizes: list[int]) -> torch.Tensor:
-    """Held-out accuracy (g,) of g linear read-outs trained as long as the paper's probe: cross-entropy, Adam 1e-3, 782 steps.
+def linear_probe(train, target, test, test_target, sizes: list[int] | None) -> torch.Tensor:
+    """Held-out score (g, f) of g linear read-outs trained as long as the paper's probe: cross-entropy, Adam 1e-3, 782 steps.
 
     train (g, i, d) raw states, target (i, f) or (g, i, f) values, test and test_target likewise, sizes (f,) values per target.
-    The gradient of softmax regression is written out: g small probes in one matmul are what makes probing cheap.
+    sizes None: numbers instead of classes, squared error instead of cross-entropy, score (g, 1) the normalised error.
+    The gradient is written out: g small probes in one matmul are what makes probing cheap.
     """
     groups, items, d = train.shape
+    target, test_target = (t if t.dim() == 3 else t[None] for t in (target, test_target))
     generator = torch.Generator().manual_seed(0)
-    absent = absent_values(sizes, train.device)
+    goal = goals(target, sizes, train.dtype)
+    absent = absent_values(sizes, train.device).view(1, -1, 1) if sizes else None
     bound = lambda *shape: ((torch.rand(*shape, generator=generator) * 2 - 1) * d**-0.5).to(train.device).repeat(groups, 1, 1)
-    params = [bound(1, absent.numel(), d), bound(1, absent.numel(), 1)]  # nn.Linear's default, the same for every group
-    one_hot = F.one_hot(target if target.dim() == 3 else target[None], absent.shape[1]).to(train.dtype)
+    params = [bound(1, goal.shape[2], d), bound(1, goal.shape[2], 1)]  # nn.Linear's default, the same for every group
     order, batch = torch.randperm(items, generator=generator).to(train.device), min(PROBE_BATCH, items)
     order = torch.cat([order, order[: batch - 1]])  # so that a window may run over the end
-    train, one_hot = train[:, order], rearrange(one_hot[:, order], "g i f v -> g (f v) i")
+    train, goal = train[:, order], goal[:, order].mT.contiguous()  # items innermost: fast on a CPU
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in params]
     for t in range(1, PROBE_STEPS + 1):
-        at = t * batch % items  # pass after pass over the shuffled images
+        at = t * batch % items  # pass after pass over the shuffled items
         x = train[:, at : at + batch]
-        logits = torch.baddbmm(params[1], params[0], x.mT).masked_fill_(absent.view(1, -1, 1), -math.inf)
-        p_value = rearrange(logits, "g (f v) i -> g f v i", f=len(sizes)).softmax(2)  # images innermost: fast on a CPU
-        error = (rearrange(p_value, "g f v i -> g (f v) i") - one_hot[..., at : at + batch]) / batch
+        out = torch.baddbmm(params[1], params[0], x.mT)
+        if sizes:
+            out = rearrange(out.masked_fill_(absent, -math.inf), "g (f v) i -> g f v i", f=len(sizes)).softmax(2).flatten(1, 2)
+        error = (out - goal[..., at : at + batch]) / batch
         for p, g, (mean, square) in zip(params, (error @ x, error.sum(2, keepdim=True)), moments):
             mean.lerp_(g, 0.1)
             square.lerp_(g * g, 0.001)
             p.addcdiv_(mean, (square / (1 - 0.999**t)).sqrt_().add_(1e-8), value=-PROBE_RATE / (1 - 0.9**t))
-    return read_accuracy(params[0] @ test.mT + params[1], absent, test_target)
+    return read_score(params[0] @ test.mT + params[1], test_target, sizes)
 
 
 @torch.no_grad()
-def converged_probe(train, target, test, test_target, sizes: list[int], ridge: float = 1e-3) -> torch.Tensor:
-    """Held-out accuracy (g,) of the closed-form ridge read-out of one-hot targets from standardised states."""
-    absent = absent_values(sizes, train.device)
+def converged_probe(train, target, test, test_target, sizes: list[int] | None, ridge: float = 1e-3) -> torch.Tensor:
+    """As linear_probe, of the closed-form ridge read-out from standardised states: held-out score (g, f)."""
+    target, test_target = (t if t.dim() == 3 else t[None] for t in (target, test_target))
     mean, std = train.mean(1, keepdim=True), train.std(1, keepdim=True) + 1e-6
     a, b = (F.pad((s - mean) / std, (0, 1), value=1.0).double() for s in (train, test))
-    y = rearrange(F.one_hot(target.expand(len(a), -1, -1), absent.shape[1]).double(), "g i f v -> g i (f v)")
+    y = goals(target, sizes, a.dtype)
     gram = a.mT @ a + ridge * a.shape[1] * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    return read_accuracy((b @ torch.linalg.solve(gram, a.mT @ y)).mT, absent, test_target)
+    return read_score((b @ torch.linalg.solve(gram, a.mT @ y)).mT, test_target, sizes)
 
 
 @torch.no_grad()
@@ -122,41 +135,63 @@ def states(model, x: torch.Tensor, y: torch.Tensor | None = None, mixing: str = 
 
 
 class Prober:
-    """Everything that is probed, on images and sequences drawn once: call it for a dict of scores (r, k)."""
+    """Everything that is probed, on items and sequences drawn once: call it for a dict of scores (r, k)."""
 
-    def __init__(self, world, seed, m, n: int, images: int = 4096, sequences: int = 768):
-        generator = torch.Generator().manual_seed(0)
-        draw = lambda pool, count: pool[torch.randperm(len(pool), generator=generator)[:count].to(pool.device)]
-        image = [draw(world.train, images), draw(world.test, images // 4)]
-        # whole sequences of n images each, so that the identity variant sees the positions of training
-        image = [i[: max(1, len(i) // n) * n] for i in image]
-        self.x, self.value = [world.table[i] for i in image], [world.values[i][:, world.varying] for i in image]
-        self.sizes, self.runs, self.n = [world.sizes[f] for f in world.varying], len(seed), n
-        number = 2 * HELD_OUT + torch.arange(sequences + sequences // 4, device=seed.device).expand(len(seed), -1)
-        self.batch = [world.sample(seed, m, number[:, :sequences], n), world.sample(seed, m, number[:, sequences:], n, held_out=True)]
-        self.n_asked = len(world.asked)
-        raw = linear_probe(self.x[0][None], self.value[0], self.x[1][None], self.value[1], self.sizes)
-        self.raw_score = raw.item()  # the embedding itself
-        self.chance = statistics.mean(1 / size for size in self.sizes)
+    def __init__(self, world, seed, m, n: int, items: int = 4096, sequences: int = 768):
+        self.runs, self.n, self.d_y = len(seed), n, world.inputs["d_y"]
+        number = lambda count, first: 2 * HELD_OUT + first + torch.arange(count, device=seed.device).expand(self.runs, -1)
+        self.batch = [
+            world.sample(seed, m, number(sequences, 0), n),
+            world.sample(seed, m, number(sequences // 4, sequences), n, held_out=True),
+        ]
+        self.single = world.inputs.get("n_token", 1) == 1  # an item is one token
+        if world.n_label:
+            generator = torch.Generator().manual_seed(0)
+            part = [world.draw(count, held_out, generator) for count, held_out in ((items, False), (items // 4, True))]
+            # whole sequences of n items each, so that the identity variant sees the positions of training
+            part = [i[: max(1, len(i) // n) * n] for i in part]
+            self.x, self.value = [world.table[i][None] for i in part], [world.values[i][None, :, world.varying] for i in part]
+            self.sizes, self.asked_sizes = world.value_sizes, [world.n_asked]
+            self.asked = [b.asked[..., None] for b in self.batch]
+        else:
+            part = [
+                world.sample(seed, m, number(-(-count // n), sequences + first), n).x
+                for count, first in ((items, sequences), (items // 4, 0))
+            ]
+            self.x = self.value = [rearrange(x, "r b n d -> r (b n) d") for x in part]
+            self.sizes = self.asked_sizes = None
+            self.asked = [b.asked for b in self.batch]
+        read = [
+            linear_probe(x.float(), v, y.float(), w, self.sizes) for x, v, y, w in [(self.x[0], self.value[0], self.x[1], self.value[1])]
+        ]
+        self.raw_score = read[0].mean().item() if self.single else None  # of the embedding itself
+        self.chance = statistics.mean(1 / size for size in self.sizes) if self.sizes else 1.0
 
     def __call__(self, model) -> dict[str, torch.Tensor]:
-        probe = lambda f, s, target, sizes: f(*(a for pair in zip(s, target) for a in pair), sizes).view(self.runs, -1)
         group = lambda h: rearrange(h, "r k b n d -> (r k) (b n) d")
-        expand = lambda x: x.expand(self.runs, *x.shape)
-        alone = [group(states(model, expand(rearrange(x, "i d -> i 1 d")))) for x in self.x]
-        pairs = [expand(rearrange(x, "(b n) d -> b n d", n=min(self.n, len(x)))) for x in self.x]
-        empty = [torch.zeros(*x.shape[:3], model.config.d_y, device=x.device) for x in pairs]
-        identity = [group(states(model, x, y, "identity")) for x, y in zip(pairs, empty)]
+        expand = lambda x: x.expand(self.runs, *x.shape[1:])
+        per_block = lambda t: t if len(t) == 1 else t.repeat_interleave(model.config.n_layer, 0)
+        split = lambda score: score.view(self.runs, -1, score.shape[-1])  # (r k) f -> r k f
+
+        def probe(f, state, target, sizes):
+            return split(f(state[0], per_block(target[0]), state[1], per_block(target[1]), sizes))
+
+        alone = [group(states(model, expand(rearrange(x, "r i d -> r i 1 d")))) for x in self.x]
+        by_factor = probe(linear_probe, alone, self.value, self.sizes)
         scores = {
-            "weights_score": probe(linear_probe, alone, self.value, self.sizes),
-            "weights_score_identity": probe(linear_probe, identity, self.value, self.sizes),
-            "weights_score_converged": probe(converged_probe, alone, self.value, self.sizes),
+            "weights_score": by_factor.mean(-1),
+            "weights_score_by_factor": by_factor,
+            "weights_score_converged": probe(converged_probe, alone, self.value, self.sizes).mean(-1),
             "spread": alone[0].var(1).sum(-1).sqrt().view(self.runs, -1),
         }
-        if self.n_asked > 1:
-            seen = [states(model, b.x, F.one_hot(b.label, model.config.d_y).float())[:, :, :, -1:] for b in self.batch]
-            asked = [b.asked.repeat_interleave(h.shape[1], 0)[..., None] for b, h in zip(self.batch, seen)]
-            scores["context_score"] = probe(linear_probe, [group(h) for h in seen], asked, [self.n_asked])
+        if self.single:
+            pairs = [expand(rearrange(x, "r (b n) d -> r b n d", n=min(self.n, x.shape[1]))) for x in self.x]
+            empty = [torch.zeros(*x.shape[:3], self.d_y, device=x.device) for x in pairs]
+            identity = [group(states(model, x, y, "identity")) for x, y in zip(pairs, empty)]
+            scores["weights_score_identity"] = probe(linear_probe, identity, self.value, self.sizes).mean(-1)
+        if self.asked_sizes != [1]:
+            seen = [group(states(model, b.x, b.y)[:, :, :, -1:]) for b in self.batch]
+            scores["context_score"] = probe(linear_probe, seen, self.asked, self.asked_sizes).mean(-1)
         return scores
 
 
@@ -185,27 +220,28 @@ class Record:
     """
 
     may_change = ("out", "device", "resume", "replot", "max_minutes")  # flags that a resumed run may change
-    kept = ("steps", "loss", "accuracy", "probe_steps", "scores", "by_position", "fresh_accuracy", "seconds")  # in the checkpoint
+    kept = ("steps", "loss", "accuracy", "probe_steps", "scores", "loss_by_position", "accuracy_by_position", "fresh_accuracy", "seconds")
 
     def __init__(self, args, runs: list[dict], world, model, optimizer, checkpoint: str = "checkpoint.pt", sequences: int = 64):
-        self.args, self.runs, self.model, self.optimizer, self.budget = args, runs, model, optimizer, args.steps
+        self.args, self.runs, self.world, self.model, self.optimizer, self.budget = args, runs, world, model, optimizer, args.steps
         self.settings = {"script": Path(sys.argv[0]).name}
         self.settings |= {key: jsonable(value) for key, value in vars(args).items() if key not in self.may_change}
         self.due = sorted({round(i * args.steps / args.evaluations) for i in range(args.evaluations + 1)})
         self.due_probes = set(self.due[:: max(1, args.evaluations // args.probes)]) | {args.steps}
-        device, difficulty = world.values.device, [run["difficulty"] for run in runs]
+        device, difficulty = next(model.parameters()).device, [run["difficulty"] for run in runs]
         seed = torch.tensor([run["seed"] for run in runs], device=device)
-        known = {key: references(world, *key, args.pairs) for key in dict.fromkeys(zip(seed.tolist(), difficulty))}
+        known = {key: world.references(*key, args.pairs) for key in dict.fromkeys(zip(seed.tolist(), difficulty))}
         self.references = [known[key] for key in zip(seed.tolist(), difficulty)]
         if min(level["no_context_loss"] for level in self.references) < 1e-6:
             raise UsageError("--difficulty 1 with one asked factor: nothing is left for the context; ask two factors (--ask) or raise it")
         number = HELD_OUT + torch.arange(sequences, device=device).expand(len(runs), -1)
         self.held_out = world.sample(seed, mappings(difficulty, device), number, args.pairs, held_out=True)
-        self.fresh = world.sample(seed, mappings([math.inf] * len(runs), device), number, args.pairs, held_out=True)
+        if world.n_label:
+            self.fresh = world.sample(seed, mappings([math.inf] * len(runs), device), number, args.pairs, held_out=True)
         self.prober = Prober(world, seed, mappings(difficulty, device), args.pairs)
         self.block = headline_block(model.config.n_layer)
         self.steps, self.loss, self.accuracy, self.probe_steps, self.scores = [], [], [], [], []
-        self.by_position = self.fresh_accuracy = None
+        self.loss_by_position = self.accuracy_by_position = self.fresh_accuracy = None
         self.path = Path(args.out) / checkpoint
         self.seconds = {"total": 0.0, "probing": 0.0}
         self.warned: set[int] = set()
@@ -234,17 +270,20 @@ class Record:
 
     def measure(self, step: int) -> None:
         """Evaluate all runs, and probe them when it is time; nothing leaves the device."""
-        loss, self.by_position = evaluate(self.model, self.held_out)
+        self.loss_by_position, self.accuracy_by_position = evaluate(self.model, self.world, self.held_out)
+        loss = self.loss_by_position.mean(1)
+        broken = ~loss.isfinite()  # a run that blew up has no accuracy and no score
+        self.accuracy_by_position = self.accuracy_by_position.masked_fill(broken[:, None], math.nan)
         self.steps.append(step)
         self.loss.append(loss)
-        self.by_position = self.by_position.masked_fill(~loss.isfinite()[:, None], math.nan)
-        self.accuracy.append(self.by_position.mean(1))
+        self.accuracy.append(self.accuracy_by_position.mean(1))
         if step in self.due_probes:
             began = time.perf_counter()
             self.probe_steps.append(step)
-            broken = ~loss.isfinite()[:, None]  # a run that blew up has no score
-            self.scores.append({key: score.masked_fill(broken, math.nan) for key, score in self.prober(self.model).items()})
-            self.fresh_accuracy = evaluate(self.model, self.fresh)[1].mean(1).masked_fill(broken[:, 0], math.nan)
+            blank = lambda score: score.masked_fill(broken.view(-1, *[1] * (score.dim() - 1)), math.nan)
+            self.scores.append({key: blank(score) for key, score in self.prober(self.model).items()})
+            if self.world.n_label:
+                self.fresh_accuracy = blank(evaluate(self.model, self.world, self.fresh)[1].mean(1))
             self.seconds["probing"] += time.perf_counter() - began
 
     def line(self, first: int, seconds: float) -> str:
@@ -260,11 +299,11 @@ class Record:
         for arm in dict.fromkeys(arms):
             alive = lambda values: [v for v, other in zip(values, arms) if other == arm and math.isfinite(v)] or [math.nan]
             median = [statistics.median(alive(values)) for values in (loss, accuracy, weights)]
-            parts.append(f"{arm} {median[0]:.2f} {median[1]:3.0%} {median[2]:.2f}")
+            parts.append(f"{arm} {median[0]:.2f} " + f"{median[1]:3.0%} " * bool(self.world.n_label) + f"{median[2]:.2f}")
         self.mark = self.mark or (step, seconds) if step > first else None  # the first interval holds the compilation
         pace = (seconds - self.mark[1]) / (step - self.mark[0]) if self.mark and step > self.mark[0] else 0
         left = f"{1000 * pace:.0f} ms/step, {(self.budget - step) * pace / 60:.1f} min left"
-        left = left if pace else "held-out loss, accuracy, weights score"
+        left = left if pace else "held-out loss, " + "accuracy, " * bool(self.world.n_label) + "weights score"
         return f"{step:6d} {step / self.budget:4.0%} | " + " | ".join(parts) + f" | {left}"
 
     def save_checkpoint(self, path: Path, step: int) -> None:
@@ -293,22 +332,24 @@ class Record:
 
     def finished_runs(self) -> list[dict]:
         """The runs of metrics.json."""
-        loss, accuracy = torch.stack(self.loss).T.tolist(), torch.stack(self.accuracy).T.tolist()
-        scores = {key: torch.stack([s[key] for s in self.scores], 1).tolist() for key in self.scores[0]}  # [run][probe][block]
+        loss, accuracy = number(torch.stack(self.loss).T.tolist()), number(torch.stack(self.accuracy).T.tolist())
+        scores = {key: number(torch.stack([s[key] for s in self.scores], 1).tolist()) for key in self.scores[0]}  # [run][probe][block]
         out = []
         for r, (run, level) in enumerate(zip(self.runs, self.references)):
-            losses, accuracies, free = list(map(number, loss[r])), list(map(number, accuracy[r])), level["no_context_loss"]
+            losses, free = loss[r], level["no_context_loss"]
             length = plateau_length(self.steps, losses, ESCAPE * free)
+            if self.world.n_label:
+                complete = [(a or 0) >= COMPLETE * level["bayes_accuracy"] for a in accuracy[r]]
+            else:
+                complete = [value is not None and value < level["bayes_loss"] + 0.1 for value in losses]
             row = {
                 **run,
                 "difficulty": int(run["difficulty"]) if math.isfinite(run["difficulty"]) else "inf",
                 "steps": self.steps,
                 "loss": losses,
-                "accuracy": accuracies,
-                "accuracy_by_position": list(map(number, self.by_position[r].tolist())),
-                "fresh_accuracy": number(self.fresh_accuracy[r].item()),
+                "loss_by_position": number(self.loss_by_position[r].tolist()),
                 "probe_steps": self.probe_steps,
-                **{key: [list(map(number, blocks)) for blocks in value[r]] for key, value in scores.items()},
+                **{key: value[r] for key, value in scores.items()},
                 "no_context_loss": number(free),
                 "plateau_length": length,
                 "censored": length is None,
@@ -317,10 +358,11 @@ class Record:
                     "0.7": plateau_length(self.steps, losses, 0.7 * free),
                     "zucchet": plateau_length(self.steps, losses, 0.2 * (losses[0] or 0)),
                 },
-                "completion_step": next(
-                    (s for s, a in zip(self.steps, accuracies) if (a or 0) >= COMPLETE * level["bayes_accuracy"]), None
-                ),
+                "completion_step": next((step for step, done in zip(self.steps, complete) if done), None),
             }
+            if self.world.n_label:
+                row["accuracy"], row["accuracy_by_position"] = accuracy[r], number(self.accuracy_by_position[r].tolist())
+                row["fresh_accuracy"] = number(self.fresh_accuracy[r].item())
             row["headline_block"] = self.block
             row["initial_weights_score"] = row["weights_score"][0][self.block]
             row["final_weights_score"] = row["weights_score"][-1][self.block]
@@ -354,9 +396,11 @@ def jsonable(value):
     return str(value) if isinstance(value, Path) or value in (math.inf, -math.inf) else value
 
 
-def number(value: float, digits: int = 6) -> float | None:
-    """JSON has no NaN: a run that diverged has null from there on."""
-    return round(value, digits) if math.isfinite(value) else None
+def number(value, digits: int = 6):
+    """A number, or nested lists of them, for JSON, which has no NaN: a run that diverged has null from there on."""
+    if isinstance(value, list):
+        return [number(v, digits) for v in value]
+    return round(value, digits) if value is not None and math.isfinite(value) else None
 
 
 def summarise(runs: list[dict], baseline: str = "baseline") -> list[dict]:
@@ -556,12 +600,25 @@ def check(args) -> None:
             setattr(args, key, list(dict.fromkeys(value)))
         if (
             key in ("seeds", "steps", "batch", "pairs", "n_layer", "n_head", "d_model", "evaluations", "probes", "code_width")
+            and value is not None
             and min(values) < 1
         ):
             raise UsageError(f"{flag} {min(values)}: must be at least 1")
-        if key in ("lr", "code_gain") and not all(0 < v < math.inf for v in values):
+        if key in ("lr", "code_gain") and value is not None and not all(0 < v < math.inf for v in values):
             raise UsageError(f"{flag} {value}: must be a positive number")
         if key == "d_model" and any(v % args.n_head for v in values):
             raise UsageError(f"--n-head {args.n_head}: must divide --d-model {value}")
+    if getattr(args, "task", None) == "linear":
+        if max(args.difficulty) > 256:
+            raise UsageError(
+                f"--difficulty {max(args.difficulty):g}: with --task linear it is a dimension; give whole numbers from 1 to 256"
+            )
+        if not 0 <= args.noise < math.inf:
+            raise UsageError(f"--noise {args.noise}: must be a number from 0 up")
+        for key in ("embedding", "code_width", "code_gain", "factors", "ask"):
+            if getattr(args, key) is not None:
+                raise UsageError(f"--{key.replace('_', '-')}: has no meaning with --task linear; leave it out")
+    if getattr(args, "task", None) == "shapes" and args.noise is not None:
+        raise UsageError("--noise: has no meaning with --task shapes; leave it out")
     if 0 < args.sequences < args.batch or args.sequences < 0:
         raise UsageError(f"--sequences {args.sequences}: must be 0 (always fresh) or at least --batch {args.batch}")

@@ -1,9 +1,11 @@
-"""What is learnt: worlds of images, in-context sequences over them, and the exact levels a learner can reach.
+"""What is learnt: worlds of items and of numbers, in-context sequences over them, and the exact levels a learner can reach.
 
-A sequence asks one factor (say wall hue) and one mapping, a permutation of that factor's values to labels. It holds n
-images, each followed by its label. The learner has to find out from the pairs so far which factor and which mapping.
-`difficulty` m is the number of mappings in play: 1 = always the same one, inf = drawn afresh for every sequence. (A factor of
-4 values has only 24 permutations, as the paper's `shape` has, so there all m far beyond 24 are much the same.)
+Items: images here, texts in exp_nlp.py. A sequence asks one factor (say wall hue) and one mapping, a permutation of that
+factor's values to labels. It holds n items, each followed by its label. The learner has to find out from the pairs so far
+which factor and which mapping. `difficulty` m is the number of mappings in play: 1 = always the same one, inf = drawn afresh
+for every sequence. (A factor of 4 values has only 24 permutations, as the paper's `shape` has, so there all m far beyond 24
+are much the same.)
+Regression: a sequence holds n pairs x, y = w.x with a hidden vector w; `difficulty` is the dimension d.
 
 Every random choice is a hash of (seed, stream, sequence number, place). So a sequence is a pure function of its number:
 no generator state, the same sequences on CPU and GPU, and a run's data do not depend on which runs share the program.
@@ -37,7 +39,7 @@ class UsageError(ValueError):
 
 
 # streams of random numbers: which choice of a sequence a hash is for
-ASKED, MAPPING, PERMUTATION, IMAGES, SHUFFLE = range(5)
+ASKED, MAPPING, PERMUTATION, ITEMS, SHUFFLE, WEIGHTS, INPUTS, NOISE = range(8)
 
 
 # ---------------------------------------------------------------------------------------------- random numbers
@@ -54,9 +56,21 @@ def random_bits(*key) -> torch.Tensor:
     return h & (1 << 63) - 1
 
 
+def random_unit(*key) -> torch.Tensor:
+    """Uniform doubles in [0, 1)."""
+    return (random_bits(*key) >> 10).double() * 2.0**-53
+
+
 def random_int(high, *key) -> torch.Tensor:
     """Uniform integers in 0 .. high-1; high may be a tensor."""
-    return ((random_bits(*key) >> 10).double() * 2.0**-53 * high).long()
+    return (random_unit(*key) * high).long()
+
+
+def random_normal(*key) -> torch.Tensor:
+    """Standard normal numbers (Box and Muller), one hash each: half of its bits for the radius, half for the angle."""
+    bits = random_bits(*key)
+    radius = (((bits >> 32).double() + 0.5) * 2.0**-31).log_().mul_(-2).sqrt_()
+    return ((bits & (1 << 32) - 1).double() * (2 * math.pi * 2.0**-32)).cos_().mul_(radius).float()
 
 
 def distinct(pool: int, n: int, *key) -> torch.Tensor:
@@ -92,38 +106,55 @@ def epoch_order(seed: torch.Tensor, epoch: int, finite: int) -> torch.Tensor:
     return random_bits(seed[:, None], SHUFFLE, epoch, torch.arange(finite, device=seed.device)).argsort(-1)
 
 
-# ---------------------------------------------------------------------------------------------- the image world
+# ---------------------------------------------------------------------------------------------- items with factors
 
 
 @dataclass
 class Sequences:
-    """image (r, b, n) numbers, x (r, b, n, d), label (r, b, n), values (r, b, n, 6), asked (r, b) index into world.asked."""
+    """x (r, b, n, d) vectors or words; y (r, b, n, c) as the model reads it: one-hot labels, or numbers (c = 1).
 
-    image: torch.Tensor
+    Of items also: item (r, b, n) numbers, label (r, b, n), values (r, b, n, f), asked (r, b) index into world.asked.
+    Of regression: values = x, asked = the hidden vector (r, b, d), dimension (r,).
+    """
+
     x: torch.Tensor
-    label: torch.Tensor
+    y: torch.Tensor
     values: torch.Tensor
     asked: torch.Tensor
+    item: torch.Tensor | None = None
+    label: torch.Tensor | None = None
+    dimension: torch.Tensor | None = None
 
 
 @dataclass
-class Shapes:
-    """A 3D-Shapes look-alike: images are points of a grid of factors. Build it with `shapes(...)`."""
+class Items:
+    """A world of items with factor values: images from `shapes(...)`, texts from exp_nlp.py."""
 
+    names: tuple[str, ...]  # of the factors
     sizes: tuple[int, ...]  # values per factor, 1 = constant
     asked: list[int]  # factors that a sequence may ask for
-    values: torch.Tensor  # (image, 6) value of each factor, 0 .. size-1
-    full: torch.Tensor  # (image, 6) the same as values of the full world, 0 .. SIZES-1
-    table: torch.Tensor  # (image, d) embedding
-    train: torch.Tensor  # image numbers used in training
-    test: torch.Tensor  # held-out image numbers
+    values: torch.Tensor  # (item, f) value of each factor, 0 .. size-1
+    table: torch.Tensor  # (item, d) what the model sees: a vector, or words
+    train: torch.Tensor  # item numbers used in training
+    test: torch.Tensor  # held-out item numbers
+    full: torch.Tensor | None = None  # (image, 6) values as those of the full world, 0 .. SIZES-1
+    weight: torch.Tensor | None = None  # (item,) how often to draw it, summing to 1 in each part; None = equally often
+    n_word: int = 0  # vocabulary, when items are words
     n_label: int = field(init=False)
 
     def __post_init__(self):
+        device = self.values.device
         self.n_label = max(self.sizes[f] for f in self.asked)
         self.varying = [f for f, size in enumerate(self.sizes) if size > 1]
-        self.asked_columns = torch.tensor(self.asked, device=self.values.device)
-        self.asked_sizes = torch.tensor([self.sizes[f] for f in self.asked], device=self.values.device)
+        self.value_sizes = [self.sizes[f] for f in self.varying]
+        self.n_value, self.n_asked = sum(self.value_sizes), len(self.asked)  # outputs of a read-out of all values, of the asked factor
+        self.asked_columns = torch.tensor(self.asked, device=device)
+        self.asked_sizes = torch.tensor([self.sizes[f] for f in self.asked], device=device)
+        self.other = torch.randperm(len(self.values), generator=torch.Generator().manual_seed(0)).to(device)
+        words = dict(n_word=self.n_word, n_token=self.table.shape[1])
+        self.inputs = dict(d_y=self.n_label, **(words if self.n_word else dict(d_x=self.table.shape[1])))  # for model.Config
+        self.cumulated = {part: None if self.weight is None else self.weight[part_items].cumsum(0)
+                          for part, part_items in ((False, self.train), (True, self.test))}  # fmt: skip
 
     def permutation(self, seed, mapping, asked) -> torch.Tensor:
         """Label of each value under a mapping: seed (r, ...), mapping, asked (broadcast) -> (..., n_label)."""
@@ -135,16 +166,168 @@ class Shapes:
     def sample(self, seed, m, number, n: int, held_out: bool = False) -> Sequences:
         """The sequences with these numbers. seed (r,), m (r,) or (r, b) mappings in play, number (r, b).
 
-        Only the mapping depends on m: the same number asks the same factor of the same images at every difficulty.
+        Only the mapping depends on m: the same number asks the same factor of the same items at every difficulty.
         """
         seed, pool = seed[:, None], self.test if held_out else self.train
-        asked = random_int(len(self.asked), seed, ASKED, number)
+        asked = random_int(self.n_asked, seed, ASKED, number)
         mapping = random_int(m if m.dim() == 2 else m[:, None], seed, MAPPING, number)
-        image = pool[distinct(len(pool), n, seed, IMAGES, number)]
-        values = self.values[image]
+        if self.weight is None:
+            item = pool[distinct(len(pool), n, seed, ITEMS, number)]
+        else:  # drawn one by one
+            u = random_unit(seed[..., None], ITEMS, number[..., None], torch.arange(n, device=number.device))
+            item = pool[torch.searchsorted(self.cumulated[held_out], u).clamp(max=len(pool) - 1)]
+        values = self.values[item]
         value = values.gather(-1, repeat(self.asked_columns[asked], "r b -> r b n 1", n=n))[..., 0]
         label = self.permutation(seed, mapping, asked).gather(-1, value)
-        return Sequences(image, self.table[image], label, values, asked)
+        return Sequences(self.table[item], F.one_hot(label, self.n_label).float(), values, asked, item, label)
+
+    def draw(self, count: int, held_out: bool, generator) -> torch.Tensor:
+        """Numbers of up to `count` items for a probe: all different, or by weight."""
+        pool = self.test if held_out else self.train
+        if self.weight is None:
+            return pool[torch.randperm(len(pool), generator=generator)[:count].to(pool.device)]
+        return pool[torch.multinomial(self.weight[pool].cpu(), count, replacement=True, generator=generator).to(pool.device)]
+
+    def loss(self, logits, batch: Sequences) -> torch.Tensor:
+        """Cross-entropy of the labels in nats: logits (r, b, n, n_label) -> (r, b, n)."""
+        return cross_entropy(logits, batch.label)
+
+    def value_loss(self, logits, values) -> torch.Tensor:
+        """Cross-entropy of all varying factors, their mean: logits (r, b, n, n_value), values (r, b, n, f) -> (r, b, n)."""
+        parts = zip(logits.split(self.value_sizes, -1), values[..., self.varying].unbind(-1))
+        return torch.stack([cross_entropy(part, value) for part, value in parts]).mean(0)
+
+    def asked_loss(self, logits, batch: Sequences) -> torch.Tensor:
+        """Cross-entropy of the asked factor: logits (r, b, n, n_asked) -> (r, b, n)."""
+        return cross_entropy(logits, repeat(batch.asked, "r b -> r b n", n=logits.shape[2]))
+
+    def other_values(self, batch: Sequences) -> torch.Tensor:
+        """The values of another, fixed item in the place of each item: as much to predict, and nothing to learn from."""
+        return self.values[self.other[batch.item]]
+
+    def references(self, seed: int, difficulty: float, n: int, sequences: int = 1024) -> dict:
+        """Levels for one run: losses in nats, accuracies as fractions; all computed from the world and the run's mappings.
+
+        chance, no_context_loss: the best prediction from x alone. label_set_loss: knowing only which labels can occur.
+        bayes_*: the best prediction from x and the pairs before it, on held-out sequences.
+        """
+        device, sizes = self.values.device, [self.sizes[f] for f in self.asked]
+        seeds, asked = torch.tensor([seed], device=device), torch.arange(len(sizes), device=device)
+        tables = None
+        uniform = torch.stack([(torch.arange(max(sizes), device=device) < s).double() / s for s in sizes])
+        per_value = repeat(uniform, "f c -> f v c", v=max(sizes))  # P(label | factor, value)
+        if difficulty != math.inf:
+            tables = self.permutation(seeds, torch.arange(int(difficulty), device=device)[:, None], asked)
+            per_value = F.one_hot(tables, max(sizes)).double().mean(0)
+        values = self.values[:, self.asked]
+        if self.weight is not None or len(values) > 20_000:
+            values = values[self.draw(20_000, True, torch.Generator().manual_seed(0))]
+        prior = torch.stack([per_value[i][values[:, i]] for i in range(len(sizes))]).mean(0)
+        number = HELD_OUT + torch.arange(sequences, device=device)[None]
+        batch = self.sample(seeds, mappings([difficulty], device), number, n, held_out=True)
+        chunk = max(1, int(2e7 / (1 if tables is None else tables.numel())))
+        parts = zip(batch.values[0][..., self.asked].split(chunk), batch.label[0].split(chunk))
+        p = torch.cat([bayes(v, y, sizes, tables) for v, y in parts])
+        return {
+            "chance": prior.max(-1).values.mean().item(),
+            "no_context_loss": torch.special.entr(prior).sum(-1).mean().item(),
+            "label_set_loss": float(np.log(sizes).mean()),
+            "bayes_loss": -p.gather(-1, batch.label[0][..., None]).log().mean().item(),
+            "bayes_accuracy": p.max(-1).values.mean().item(),
+            "bayes_accuracy_by_position": p.max(-1).values.mean(0).tolist(),
+        }
+
+
+def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """In nats: logits (..., c), target (...) -> (...)."""
+    return F.cross_entropy(logits.float().flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
+
+
+# ---------------------------------------------------------------------------------------------- linear regression
+
+
+@dataclass
+class Regression:
+    """Linear regression in context (Garg et al. 2022, arXiv 2208.01066): y = w.x + noise, w and x from N(0, I_d); difficulty is d.
+
+    x is zero-padded to `width` (their device), so that runs of several d share a program. Losses are squared errors / d.
+    """
+
+    width: int
+    noise: float = 0.0  # standard deviation
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self):
+        self.n_label = 0  # numbers, not classes
+        self.n_value = self.n_asked = self.width
+        self.inputs = dict(d_x=self.width, d_y=1)
+
+    def sample(self, seed, m, number, n: int, held_out: bool = False) -> Sequences:
+        """The sequences with these numbers. seed (r,), m (r,) dimensions, number (r, b). Held out or not is a matter of the number."""
+        pair, dim = torch.arange(n, device=number.device), torch.arange(self.width, device=number.device)
+        present = rearrange(dim < m[:, None], "r d -> r 1 d")
+        w = random_normal(seed[:, None, None], WEIGHTS, number[..., None], dim) * present
+        x = random_normal(seed[:, None, None, None], INPUTS, number[..., None, None], pair[:, None], dim) * present[:, :, None]
+        y = torch.einsum("rbnd,rbd->rbn", x, w)
+        if self.noise:
+            y = y + self.noise * random_normal(seed[:, None, None], NOISE, number[..., None], pair)
+        return Sequences(x, y[..., None], x, w, dimension=m)
+
+    def loss(self, guess, batch: Sequences) -> torch.Tensor:
+        """Squared error / d: guess (r, b, n, 1) -> (r, b, n)."""
+        return (guess.float() - batch.y)[..., 0].square() / batch.dimension[:, None, None]
+
+    def value_loss(self, guess, values) -> torch.Tensor:
+        """Squared error of x, mean over its d dimensions: guess, values (r, b, n, width) -> (r, b, n). Padding is not asked."""
+        present = (values != 0).any(1, keepdim=True).any(2, keepdim=True)
+        return ((guess.float() - values).square() * present).sum(-1) / present.sum(-1)
+
+    def asked_loss(self, guess, batch: Sequences) -> torch.Tensor:
+        """Squared error of w, mean over its d dimensions: guess (r, b, n, width) -> (r, b, n)."""
+        return self.value_loss(guess, batch.asked[:, :, None].expand_as(guess))
+
+    def other_values(self, batch: Sequences) -> torch.Tensor:
+        """The x of another sequence: as much to predict, and nothing to learn from."""
+        return batch.values.roll(1, 1)
+
+    def references(self, seed: int, difficulty: float, n: int, sequences: int = 512) -> dict:
+        """Mean squared error / d of learners that are told the task family, over the sequence and by position.
+
+        no_context_loss: predicting zero, the best from x alone (exact). bayes: the posterior mean of w, which is ridge with the
+        noise variance, and least squares (of least norm) without noise. The others as in Garg et al.; ridge has penalty 1.
+        """
+        d, seeds = int(difficulty), torch.tensor([seed], device=self.device)
+        number = HELD_OUT + torch.arange(sequences, device=self.device)[None]
+        batch = self.sample(seeds, torch.tensor([d], device=self.device), number, n)
+        x, y = batch.x[0, :, :, :d].double(), batch.y[0].double()
+        errors = {name: [] for name in ("least_squares", "ridge", "bayes", "nearest", "averaging")}
+        for k in range(n):
+            past, value, now = x[:, :k], y[:, :k], x[:, k : k + 1]
+            nearest = (past - now).square().sum(-1).topk(min(3, k), largest=False).indices
+            guess = {
+                "least_squares": now @ ridge(past, value, 0.0),
+                "ridge": now @ ridge(past, value, 1.0),
+                "bayes": now @ ridge(past, value, self.noise**2),
+                "nearest": value.gather(1, nearest[..., None]).sum(1, keepdim=True) / max(1, min(3, k)),
+                "averaging": now @ (past.mT @ value) / max(1, k),
+            }
+            for name, value in guess.items():
+                errors[name].append((value[:, 0, 0] - y[:, k, 0]).square().mean().item() / d)
+        levels = {"no_context_loss": 1 + self.noise**2 / d}
+        for name, by_position in errors.items():
+            levels |= {f"{name}_loss": float(np.mean(by_position)), f"{name}_loss_by_position": by_position}
+        return levels
+
+
+def ridge(x: torch.Tensor, y: torch.Tensor, penalty: float) -> torch.Tensor:
+    """The weights (b, d, 1) of ridge regression on x (b, k, d), y (b, k, 1); penalty 0: least squares of least norm."""
+    k, d = x.shape[1:]
+    if k < d:  # the smaller of the two equal forms
+        return x.mT @ torch.linalg.solve(x @ x.mT + penalty * torch.eye(k, dtype=x.dtype, device=x.device), y)
+    return torch.linalg.solve(x.mT @ x + penalty * torch.eye(d, dtype=x.dtype, device=x.device), x.mT @ y)
+
+
+# ---------------------------------------------------------------------------------------------- difficulty
 
 
 def parse_difficulty(text: str) -> float:
@@ -323,8 +506,10 @@ def load_embedding(path: str) -> np.ndarray:
     return table
 
 
-def shapes(factors=SIZES, ask=(), embedding="code", code_width=32, code_gain=2.0, device="cpu", cache="out/cache", code_seed=0) -> Shapes:
-    """Build the image world. factors: values per factor; ask: names of the factors that may be asked (default: all that vary).
+def shapes(factors=SIZES, ask=(), embedding="code", code_width=32, code_gain=2.0, device="cpu", cache="out/cache", code_seed=0) -> Items:
+    """The image world, a 3D-Shapes look-alike: all combinations of six factors.
+
+    factors: values per factor; ask: names of the factors that may be asked (default: all that vary).
 
     Raises UsageError, naming the flag, for counts, names or files that cannot be served.
     """
@@ -361,7 +546,7 @@ def shapes(factors=SIZES, ask=(), embedding="code", code_width=32, code_gain=2.0
     if not 0 < cut < len(grid):
         raise UsageError(f"--factors: {len(grid)} images leave none to hold out; give more values")
     to = lambda a: torch.as_tensor(a, device=device)
-    return Shapes(factors, asked, to(grid), to(full), to(table).float(), to(order[:cut]), to(order[cut:]))
+    return Items(FACTORS, factors, asked, to(grid), to(table).float(), to(order[:cut]), to(order[cut:]), to(full))
 
 
 # ---------------------------------------------------------------------------------------------- reference levels
@@ -399,36 +584,3 @@ def bayes(values, label, sizes: list[int], tables=None) -> torch.Tensor:
         out[:, j].scatter_add_(-1, guess.flatten(1), alive.flatten(1).double())
         alive &= guess == label[:, j, None, None]
     return out / out.sum(-1, keepdim=True)
-
-
-def references(world: Shapes, seed: int, difficulty: float, n: int, sequences: int = 1024) -> dict:
-    """Levels for one run: losses in nats, accuracies as fractions; all computed from the world and the run's mappings.
-
-    chance, no_context_loss: the best prediction from x alone. label_set_loss: knowing only which labels can occur.
-    bayes_*: the best prediction from x and the pairs before it, on held-out sequences.
-    """
-    device, sizes = world.values.device, [world.sizes[f] for f in world.asked]
-    seeds, asked = torch.tensor([seed], device=device), torch.arange(len(sizes), device=device)
-    tables = None
-    uniform = torch.stack([(torch.arange(max(sizes), device=device) < s).double() / s for s in sizes])
-    per_value = repeat(uniform, "f c -> f v c", v=max(sizes))  # P(label | factor, value)
-    if difficulty != math.inf:
-        tables = world.permutation(seeds, torch.arange(int(difficulty), device=device)[:, None], asked)
-        per_value = F.one_hot(tables, max(sizes)).double().mean(0)
-    values = world.values[:, world.asked]
-    if len(values) > 20_000:
-        values = values[torch.randperm(len(values), generator=torch.Generator().manual_seed(0))[:20_000].to(device)]
-    prior = torch.stack([per_value[i][values[:, i]] for i in range(len(sizes))]).mean(0)
-    number = HELD_OUT + torch.arange(sequences, device=device)[None]
-    batch = world.sample(seeds, mappings([difficulty], device), number, n, held_out=True)
-    chunk = max(1, int(2e7 / (1 if tables is None else tables.numel())))
-    parts = zip(batch.values[0][..., world.asked].split(chunk), batch.label[0].split(chunk))
-    p = torch.cat([bayes(v, y, sizes, tables) for v, y in parts])
-    return {
-        "chance": prior.max(-1).values.mean().item(),
-        "no_context_loss": torch.special.entr(prior).sum(-1).mean().item(),
-        "label_set_loss": float(np.log(sizes).mean()),
-        "bayes_loss": -p.gather(-1, batch.label[0][..., None]).log().mean().item(),
-        "bayes_accuracy": p.max(-1).values.mean().item(),
-        "bayes_accuracy_by_position": p.max(-1).values.mean(0).tolist(),
-    }
