@@ -161,10 +161,9 @@ class Prober:
             self.x = self.value = [rearrange(x, "r b n d -> r (b n) d") for x in part]
             self.sizes = self.asked_sizes = None
             self.asked = [b.asked for b in self.batch]
-        read = [
-            linear_probe(x.float(), v, y.float(), w, self.sizes) for x, v, y, w in [(self.x[0], self.value[0], self.x[1], self.value[1])]
-        ]
-        self.raw_score = read[0].mean().item() if self.single else None  # of the embedding itself
+        self.raw_score = None  # of the embedding itself
+        if self.single:
+            self.raw_score = linear_probe(self.x[0], self.value[0], self.x[1], self.value[1], self.sizes).mean().item()
         self.chance = statistics.mean(1 / size for size in self.sizes) if self.sizes else 1.0
 
     def __call__(self, model) -> dict[str, torch.Tensor]:
@@ -620,5 +619,6 @@ def check(args) -> None:
                 raise UsageError(f"--{key.replace('_', '-')}: has no meaning with --task linear; leave it out")
     if getattr(args, "task", None) == "shapes" and args.noise is not None:
         raise UsageError("--noise: has no meaning with --task shapes; leave it out")
-    if 0 < args.sequences < args.batch or args.sequences < 0:
-        raise UsageError(f"--sequences {args.sequences}: must be 0 (always fresh) or at least --batch {args.batch}")
+    sequences = getattr(args, "sequences", 0)
+    if 0 < sequences < args.batch or sequences < 0:
+        raise UsageError(f"--sequences {sequences}: must be 0 (always fresh) or at least --batch {args.batch}")

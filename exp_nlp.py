@@ -1,0 +1,480 @@
+"""The same on text (claim 9), and word selection, the language model's own observation (claim 10).
+
+    python exp_nlp.py                              sentences of a small grammar, all arms, laptop scale
+    python exp_nlp.py --text wordselect            which of the listed words is meant?
+    python exp_nlp.py --conllu FILE.conllu         any Universal Dependencies treebank, any language
+    python exp_nlp.py --tsv FILE.tsv               column `text`, every other column an attribute
+    python exp_nlp.py --lr 5e-4 1e-3 2e-3          every arm also at its own best learning rate
+
+A sequence is text_1 label_1 ... text_n label_n. Every text has several attributes (tense, kind of the subject ...); a sequence asks
+for one of them and permutes its values to labels by one of m mappings, m = --difficulty. Arms:
+  baseline   the plain target task
+  warmup     the first --switch steps on one fixed mapping             mixture  --fraction of every batch on one fixed mapping
+  weights    extra loss: read all attributes of the text just read     context  extra loss: read which attribute is asked
+  norm       extra loss, no labels: mean square of the residual stream after each block
+Word selection: a text lists one word of each category in random order, a sequence asks for one category, the label is that word.
+"""
+
+import argparse
+import itertools
+import math
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch.nn import functional as F
+
+import probes
+from model import GPT, Adam, Config, Linear, autocast, compile_blocks, pick_device
+from tasks import Items, UsageError, mappings, parse_difficulty, sequence_numbers
+
+ARMS = ("baseline", "warmup", "mixture", "weights", "context", "norm")
+PAD, UNKNOWN, STOP, FIRST = range(4)  # every text ends in STOP, where its label is predicted; words are numbered from FIRST
+
+SCALES = {  # defaults only: any flag overrides them
+    "laptop": dict(difficulty=[math.inf], lr=[2e-3], steps=2000, batch=32, pairs=8, switch=500, words=11, vocabulary=1000,
+                   n_layer=2, n_head=2, d_model=32, evaluations=100, probes=5),
+    "paper": dict(difficulty=[20000], lr=[1e-4], steps=46860, batch=128, pairs=20, switch=3905, words=32, vocabulary=8000,
+                  n_layer=12, n_head=4, d_model=128, evaluations=240, probes=30),
+}  # fmt: skip
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags], explained by -h", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument("--seeds", type=int, default=3, help="runs per arm, seeds 0 .. n-1 (default 3)")
+    run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
+    run.add_argument("--out", default="out/nlp", help="folder of metrics.json, figure.png, checkpoint.pt")
+    run.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+    run.add_argument("--replot", action="store_true", help="redraw figure.png from metrics.json, train nothing")
+    run.add_argument("--max-minutes", type=float, default=math.inf, help="stop cleanly after this long; --resume continues")
+    run.add_argument("--scale", choices=SCALES, default="laptop", help="which set of defaults (any flag overrides)")
+    run.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of training; measures are always fp32")
+    run.add_argument("--no-compile", action="store_true", help="train without torch.compile")
+    exp = parser.add_argument_group("experiment")
+    exp.add_argument("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, one or several; inf = always fresh")
+    exp.add_argument("--arm", choices=ARMS, nargs="+", help="strategies to compare (default: all; word selection has no mapping to ease)")
+    exp.add_argument("--switch", type=int, help="warmup: steps on one mapping")
+    exp.add_argument("--fraction", type=float, default=0.5, help="mixture: part of every batch on one mapping (default 0.5)")
+    exp.add_argument("--weight", type=float, default=0.1, help="of the weights and context losses (default 0.1)")
+    exp.add_argument("--norm-weight", type=float, default=0.01, help="of the norm loss (default 0.01)")
+    exp.add_argument("--lr", type=float, nargs="+", help="Adam's learning rate, one or several")
+    exp.add_argument("--text", choices=("grammar", "wordselect"), default="grammar", help="made here (default grammar)")
+    exp.add_argument("--conllu", nargs="+", help="treebank files instead; attributes from the annotation")
+    exp.add_argument("--tsv", help="tab-separated file instead, with a header; column text, every other column an attribute")
+    exp.add_argument("--ask", nargs="+", help="attributes that may be asked (grammar: subject object tense; otherwise all)")
+    exp.add_argument("--words", type=int, help="texts are cut after this many words")
+    exp.add_argument("--vocabulary", type=int, help="commonest words of the training part that are kept")
+    exp.add_argument("--steps", type=int, help="training steps, the budget")
+    exp.add_argument("--batch", type=int, help="sequences per step")
+    exp.add_argument("--pairs", type=int, help="(text, label) pairs per sequence")
+    exp.add_argument("--n-layer", type=int, help="blocks")
+    exp.add_argument("--n-head", type=int, help="attention heads")
+    exp.add_argument("--d-model", type=int, help="width")
+    exp.add_argument("--evaluations", type=int, help="points of a curve")
+    exp.add_argument("--probes", type=int, help="times the states are probed, after the start")
+    args = parser.parse_args()
+    select = args.text == "wordselect" and not (args.conllu or args.tsv)
+    if select and args.difficulty is None:
+        args.difficulty = [1.0]
+    for name, value in SCALES[args.scale].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.arm = args.arm or [arm for arm in ARMS if not (select and arm in ("warmup", "mixture"))]
+    probes.check(args)
+    if args.conllu and args.tsv:
+        raise UsageError("--tsv: give either --conllu or --tsv")
+    if select and (args.difficulty != [1] or set(args.arm) & {"warmup", "mixture"}):
+        raise UsageError("--text wordselect: has no mappings; leave out --difficulty and the arms (--arm) warmup and mixture")
+    if not 0 <= args.switch < args.steps:
+        raise UsageError(f"--switch {args.switch}: must lie inside the budget, 0 .. {args.steps - 1} (--steps)")
+    if not (0 <= args.fraction <= 1 and args.fraction * args.batch == round(args.fraction * args.batch)):
+        raise UsageError(
+            f"--fraction {args.fraction}: must lie in 0 .. 1 and make a whole number of the {args.batch} sequences of a --batch"
+        )
+    for name, weight in (("weight", args.weight), ("norm-weight", args.norm_weight)):
+        if not 0 <= weight < math.inf:
+            raise UsageError(f"--{name} {weight}: must be a number from 0 up")
+    if 1 in args.difficulty and set(args.arm) & {"warmup", "mixture"}:
+        raise UsageError("--difficulty 1: is what the arms (--arm) warmup and mixture start from; give a harder target or leave them out")
+    return args
+
+
+def train(args: argparse.Namespace, out: Path) -> None:
+    device, args.precision = pick_device(args.device, args.precision)
+    world = texts(args, device)
+    runs = [dict(arm=arm, difficulty=m, lr=lr, seed=s) for m in args.difficulty for arm in args.arm for lr in args.lr
+            for s in range(args.seeds)]  # fmt: skip
+    column = lambda key: [run[key] for run in runs]
+    only = lambda arm, value: torch.tensor([value if run["arm"] == arm else 0 for run in runs], device=device)
+    seed, target, easy = torch.tensor(column("seed"), device=device), mappings(column("difficulty"), device), mappings([1], device)
+    switch, mixed = (
+        only("warmup", args.switch),
+        torch.arange(args.batch, device=device) < only("mixture", args.fraction * args.batch)[:, None],
+    )
+    weights, context, norm = only("weights", args.weight), only("context", args.weight), only("norm", args.norm_weight)
+    model = GPT(Config(**world.inputs, n_pair=args.pairs, n_layer=args.n_layer, n_head=args.n_head, d_model=args.d_model), column("seed"))
+    model.extra = Linear(len(runs), args.d_model, world.n_value + world.n_asked)  # read-outs of the extra losses
+    model.extra.initialise(column("seed"))
+    model = model.to(device)
+    optimizer = Adam(model, column("lr"))
+    record = probes.Record(args, runs, world, model, optimizer)
+    if not args.no_compile:
+        compile_blocks(model)
+
+    for step in record.training_steps():
+        m = torch.where(mixed | (step < switch)[:, None], easy, target[:, None])  # (r, b): warm-up and mixture
+        batch = world.sample(seed, m, sequence_numbers(seed, step, args.batch), args.pairs)
+        with autocast(device, args.precision):
+            logits, states = model(batch.x, batch.y, hidden=True)
+            guess = model.extra(model.norm(rearrange(model.at_x(states[-1]), "r b n d -> r (b n) d")))
+        value, asked = rearrange(guess, "r (b n) o -> r b n o", b=args.batch).split([world.n_value, world.n_asked], -1)
+        loss = world.loss(logits, batch).mean((1, 2))  # (r,), one mean per run
+        loss = loss + weights * world.value_loss(value, batch.values).mean((1, 2))
+        loss = loss + context * world.asked_loss(asked, batch).mean((1, 2))
+        loss = loss + norm * torch.stack([h.square().mean((1, 2, 3)) for h in states]).mean(0)
+        loss.sum().backward()  # nothing crosses the run axis: the sum's gradient is each run's own
+        optimizer.step()
+
+    metrics = record.metrics(device)
+    metrics["attributes"] = dict(zip([world.names[f] for f in world.varying], world.value_sizes))
+    metrics["bag_of_words"] = bag_of_words(world)
+    probes.save_json(out / "metrics.json", metrics)
+    probes.report(metrics)
+
+
+# ---------------------------------------------------------------------------------------------- a small grammar
+
+KINDS = {
+    "person": "doctor farmer teacher sailor painter baker singer driver lawyer soldier neighbour student".split(),
+    "animal": "dog horse cow goat lion tiger rabbit eagle snake duck camel monkey".split(),
+    "vehicle": "truck car train boat ship plane bike tractor wagon van tram sledge".split(),
+    "plant": "tree shrub flower rose oak vine weed fern tulip palm willow cactus".split(),
+}
+VERBS = "follow cover block surround pull touch reach pass approach move miss chase save shove push turn".split()
+ADJECTIVES = {
+    "good": "lovely wonderful fine beautiful splendid charming pleasant excellent".split(),
+    "bad": "ugly awful nasty terrible horrid dreadful shabby wretched".split(),
+    "plain": "big small old tall grey green northern heavy".split(),
+}
+TENSES, NUMBERS = ("past", "present", "future", "perfect"), ("one", "many")
+NEGATIVE, POSITIVE = ["not", "never"], ["always", "often", "surely", "just"]
+FRONTS = ["today", "of course", "this time", "once again", "as usual", "in winter"]
+PLACES = ["near the river", "behind the barn", "beside the road", "outside the village"]
+ATTRIBUTES = dict(subject=tuple(KINDS), object=tuple(KINDS), tense=TENSES, number=NUMBERS, negation=("no", "yes"),
+                  question=("no", "yes"), sentiment=tuple(ADJECTIVES))  # fmt: skip
+
+
+def plural(noun: str) -> str:  # and the third person of a verb
+    return noun + ("es" if noun.endswith(("s", "ch", "sh")) else "s")
+
+
+def past(verb: str) -> str:  # and its participle
+    return verb + ("d" if verb.endswith("e") else "ed")
+
+
+def sentence(values: dict[str, str], pick) -> list[str]:
+    """A sentence with these attributes (names and values of ATTRIBUTES); pick(list) chooses freely where they leave a choice.
+
+    Subject and object draw on the same nouns, auxiliaries stand in statements too, and a front or the adjective shifts all
+    positions: what a word says about an attribute depends on where it stands.
+    """
+    many, negative, question = values["number"] == "many", values["negation"] == "yes", values["question"] == "yes"
+    described, adjective = pick(["subject", "object"]), pick(ADJECTIVES[values["sentiment"]])
+
+    def phrase(role, plural_form):
+        noun = pick(KINDS[values[role]])
+        return [pick(["the", "our", "my", "your"]), *[adjective] * (described == role), plural(noun) if plural_form else noun]
+
+    subject, object_ = phrase("subject", many), phrase("object", pick([False, True]))
+    verb, adverb = pick(VERBS), pick(NEGATIVE if negative else POSITIVE)
+    auxiliary, main, inflected = {
+        "past": ("did", verb, past(verb)),
+        "present": ("do" if many else "does", verb, verb if many else plural(verb)),
+        "future": ("will", verb, None),
+        "perfect": ("have" if many else "has", past(verb), None),
+    }[values["tense"]]
+    if question:
+        middle = [auxiliary, *subject, adverb, main]
+    elif inflected and adverb in ("never", "always", "often"):
+        middle = [*subject, adverb, inflected]
+    else:  # "did surely touch" is a statement as well
+        middle = [*subject, auxiliary, adverb, main]
+    front, place = pick([(True, False), (True, False), (False, True), (False, False)])
+    return [*(pick(FRONTS).split() if front else []), *middle, *object_, *(pick(PLACES).split() if place else [])]
+
+
+def grammar(count: int = 20_000) -> tuple[list, dict, list]:
+    """Different sentences with independent, uniform attributes: texts, {attribute: values}, document of each text."""
+    rng = np.random.default_rng(0)
+    pick = lambda options: options[rng.integers(len(options))]
+    out = {}
+    while len(out) < count:
+        values = {name: pick(options) for name, options in ATTRIBUTES.items()}
+        out[tuple(sentence(values, pick))] = values
+    return list(out), {name: [values[name] for values in out.values()] for name in ATTRIBUTES}, list(range(count))
+
+
+# ---------------------------------------------------------------------------------------------- real text
+
+
+def read_lines(path: str, flag: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UsageError(f"{flag} {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{flag} {path}: is not UTF-8 text (byte {error.start}); convert it first") from None
+
+
+def conllu(paths: list[str]) -> tuple[list, dict, list]:
+    """Texts, attributes and documents of CoNLL-U files (universaldependencies.org/format.html).
+
+    Multiword tokens (1-2) and empty nodes (1.1) are passed over. A document starts at `# newdoc`, or every 50 sentences where
+    there is none. An attribute that a sentence does not have is "none".
+    """
+    words, attributes, documents = [], {name: [] for name in ("verb", "subject", "genre", "length", "end", "number", "root")}, []
+    for path in paths:
+        rows, sentence_id, document, marked, since = [], "", 0, False, 0
+        for at, line in enumerate([*read_lines(path, "--conllu"), ""], 1):
+            if line.startswith("#"):
+                key, _, value = line[1:].partition("=")
+                sentence_id = value.strip() if key.strip() == "sent_id" else sentence_id
+                if key.split()[:1] == ["newdoc"]:
+                    document, marked = document + 1, True
+            elif line.strip():
+                row = line.split("\t")
+                if len(row) != 10:
+                    raise UsageError(f"--conllu {path}: line {at} has {len(row)} tab-separated columns, CoNLL-U has 10")
+                if row[0].isdigit():
+                    rows.append(row)
+            elif rows:
+                for name, value in annotation(rows, sentence_id).items():
+                    attributes[name].append(value)
+                words.append([row[1].lower() for row in rows])
+                since += 1
+                documents.append((path, document if marked else since // 50))
+                rows = []
+    if not words:
+        raise UsageError(f"--conllu {' '.join(paths)}: no sentence found")
+    short, long = np.quantile([len(text) for text in words], [1 / 3, 2 / 3])
+    attributes["length"] = ["short" if len(text) <= short else "long" if len(text) > long else "middle" for text in words]
+    return words, attributes, documents
+
+
+def annotation(rows: list[list[str]], sentence_id: str) -> dict[str, str]:
+    """What a sentence's annotation says: part of speech of the root, tense or mood of its finite verb, part of speech and
+    number of its subject, final punctuation, genre (what stands before the first - in sent_id)."""
+    root = next((row for row in rows if row[6] == "0"), None)
+    if root is None:
+        return dict(root="none", verb="none", subject="none", number="none", length="", end="none", genre="none")
+    features = lambda row: dict(pair.split("=", 1) for pair in row[5].split("|") if "=" in pair)
+    children = [row for row in rows if row[6] == root[0]]
+    verbs = [root, *(row for row in children if row[7].split(":")[0] in ("aux", "cop"))]
+    finite = next((features(row) for row in verbs if features(row).get("VerbForm") == "Fin"), {})
+    subject = next((row for row in children if row[7].startswith(("nsubj", "csubj"))), None)
+    return dict(
+        root=root[3],
+        verb=finite.get("Tense", finite.get("Mood", "modal" if finite else "none")),
+        subject=subject[3] if subject else "none",
+        number=features(subject).get("Number", "none") if subject else "none",
+        length="",
+        end=rows[-1][1] if rows[-1][3] == "PUNCT" else "none",
+        genre=sentence_id.split("-")[0] if "-" in sentence_id else "none",
+    )
+
+
+def tsv(path: str) -> tuple[list, dict, list]:
+    """Texts and attributes of a tab-separated file with a header; each different text is a document of its own."""
+    lines = read_lines(path, "--tsv")
+    header = lines[0].split("\t") if lines else []
+    if "text" not in header or len(set(header)) < max(2, len(header)):
+        raise UsageError(f"--tsv {path}: the first line must name the columns: text, and one or more attributes, each once")
+    rows = [line.split("\t") for line in lines[1:] if line.strip()]
+    for at, row in enumerate(rows, 2):
+        if len(row) != len(header):
+            raise UsageError(f"--tsv {path}: row {at} has {len(row)} columns, the header has {len(header)}")
+    if not rows:
+        raise UsageError(f"--tsv {path}: holds no texts")
+    columns = dict(zip(header, zip(*rows)))
+    words = [re.findall(r"\w+|[^\w\s]", text.lower()) for text in columns.pop("text")]
+    return words, {name: list(values) for name, values in columns.items()}, [tuple(text) for text in words]
+
+
+# ---------------------------------------------------------------------------------------------- texts as a world
+
+CATEGORIES = {
+    "animal": KINDS["animal"],
+    "plant": KINDS["plant"],
+    "colour": "red blue green yellow brown black white purple orange pink grey violet".split(),
+    "verb": "run sing eat sleep write read swim laugh cook dance jump wait".split(),
+    "country": "france japan brazil egypt canada kenya norway india chile poland peru ghana".split(),
+}
+
+
+class WordSelect(Items):
+    """Texts that list one word of each category in any order; the label of a text is its word of the asked category."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.n_label = self.inputs["d_y"] = sum(self.sizes)
+
+    def permutation(self, seed, mapping, asked) -> torch.Tensor:
+        """A label is the word itself: there is nothing to map. -> (..., words of a category)"""
+        return asked[..., None] * self.sizes[0] + torch.arange(self.sizes[0], device=asked.device)
+
+    def references(self, seed: int, difficulty: float, n: int) -> dict:
+        """Exact: any listed word before the first label, the right one ever after."""
+        k = len(self.sizes)
+        by_position = [1 / k] + [1.0] * (n - 1)
+        return {"chance": 1 / k, "no_context_loss": math.log(k), "label_set_loss": math.log(k), "bayes_loss": math.log(k) / n,
+                "bayes_accuracy": sum(by_position) / n, "bayes_accuracy_by_position": by_position}  # fmt: skip
+
+
+def wordselect(device, count: int = 20_000) -> WordSelect:
+    rng = np.random.default_rng(0)
+    k, size = len(CATEGORIES), min(map(len, CATEGORIES.values()))
+    values = np.unique(rng.integers(size, size=(count, k)), axis=0)
+    rng.shuffle(values)
+    token = values + FIRST + size * np.arange(k)
+    table = np.concatenate([rng.permuted(token, axis=1), np.full((len(token), 1), STOP)], 1)
+    to, cut = lambda a: torch.as_tensor(a, device=device), round(0.8 * len(values))
+    number = np.arange(len(values))
+    print(f"word selection: {len(values)} texts of {k} words out of {k * size}; categories {', '.join(CATEGORIES)}")
+    return WordSelect(tuple(CATEGORIES), (size,) * k, list(range(k)), to(values), to(table), to(number[:cut]), to(number[cut:]),
+                      n_word=FIRST + k * size)  # fmt: skip
+
+
+def texts(args: argparse.Namespace, device, least: float = 0.04, enough: float = 0.2) -> Items:
+    """The text world of the flags; prints what was found. Raises UsageError, naming the flag, for what cannot be served.
+
+    A value of less than `least` of the texts counts as "other". A fifth of the documents is held out. Texts are drawn with weights
+    that make the values of every attribute equally frequent, in the training and in the held-out part. An attribute that depends
+    on those before it so much that less than `enough` of the texts would count (effective sample size) is left out.
+    """
+    flag = "--conllu" if args.conllu else "--tsv" if args.tsv else "--text"
+    if args.text == "wordselect" and flag == "--text":
+        return wordselect(device)
+    words, attributes, documents = conllu(args.conllu) if args.conllu else tsv(args.tsv) if args.tsv else grammar()
+    if set(args.ask or ()) - set(attributes):
+        raise UsageError(f"--ask {' '.join(args.ask)}: the attributes found are {' '.join(attributes)}")
+    kept = {}
+    for name in dict.fromkeys([*(args.ask or ()), *attributes]):
+        column = attributes[name]
+        count = Counter(column)
+        column = [value if count[value] >= least * len(column) else "other" for value in column]
+        count = Counter(column)
+        usable = [value for value, k in count.most_common() if k >= least * len(column)]  # too few others: their texts are left out
+        number = np.array([usable.index(value) if value in usable else -1 for value in column])
+        trial = np.stack([*kept.values(), number], 1)
+        trial = trial[(trial >= 0).all(1)]
+        left = 1 / (balance(trial, flag) ** 2).sum() / len(trial) if len(usable) > 1 else 0.0
+        if left >= enough:
+            kept[name] = number
+            print(f"  {name}: " + ", ".join(f"{value} {count[value] / len(column):.0%}" for value in usable))
+        elif name in (args.ask or ()):
+            raise UsageError(f"--ask {name}: one value only, or too dependent on {' '.join(kept)} to be balanced with it; leave it out")
+        else:
+            print(f"  {name}: left out, " + (f"balanced with the others only {left:.0%} of the texts would count" if left else "one value"))
+    if not kept:
+        raise UsageError(f"{flag}: no attribute has two values of at least {least:.0%} of the texts each")
+    ask = args.ask or (["subject", "object", "tense"] if flag == "--text" else list(kept))
+    values = np.stack(list(kept.values()), 1)
+    good = (values >= 0).all(1)
+    values, words = values[good], [text[: args.words] for text, fine in zip(words, good) if fine]
+    names = list(dict.fromkeys(document for document, fine in zip(documents, good) if fine))
+    held_out = {names[i] for i in np.random.default_rng(0).permutation(len(names))[: max(1, round(0.2 * len(names)))]}
+    test = np.array([document in held_out for document, fine in zip(documents, good) if fine])
+    seen = {tuple(text) for text, out in zip(words, test) if not out}
+    test_items = np.array([i for i in np.flatnonzero(test) if tuple(words[i]) not in seen], int)  # no sentence in both parts
+    train_items = np.flatnonzero(~test)
+    if min(len(train_items), len(test_items)) < 4 * args.pairs:
+        raise UsageError(f"{flag}: {len(train_items)} training and {len(test_items)} held-out texts are too few for --pairs {args.pairs}")
+    common = [word for word, _ in Counter(word for i in train_items for word in words[i]).most_common(args.vocabulary)]
+    index = {word: i for i, word in enumerate(common, FIRST)}
+    longest = max(map(len, words))
+    table = [[index.get(word, UNKNOWN) for word in text] + [PAD] * (longest - len(text)) + [STOP] for text in words]
+    weight = np.zeros(len(values))
+    for part in (train_items, test_items):
+        weight[part] = balance(values[part], flag, values.max(0) + 1)
+    print(f"{len(words)} texts, {len(common)} words, at most {longest} a text; {len(train_items)} for training, {len(test_items)} held out")
+    for i, j in itertools.combinations(range(len(kept)), 2):
+        known = mutual_information(values[:, i], values[:, j], weight)
+        if known > 0.02:
+            print(f"  mutual information of {list(kept)[i]} and {list(kept)[j]}, balanced: {known:.2f} nats")
+    to, sizes = lambda a: torch.as_tensor(a, device=device), tuple((values.max(0) + 1).tolist())
+    return Items(tuple(kept), sizes, [list(kept).index(name) for name in ask], to(values), to(np.array(table)), to(train_items),
+                 to(test_items), weight=to(weight), n_word=FIRST + len(common))  # fmt: skip
+
+
+def balance(values: np.ndarray, flag: str, sizes=None, rounds: int = 100) -> np.ndarray:
+    """Weights (text,), summing to 1, that give the values of every attribute equal shares (iterative proportional fitting)."""
+    weight = np.full(len(values), 1 / len(values))
+    for _ in range(rounds):
+        for column, size in zip(values.T, values.max(0) + 1 if sizes is None else sizes):
+            share = np.bincount(column, weight, size)
+            if not share.all():
+                raise UsageError(f"{flag}: a value is missing in the training or the held-out part; give more text")
+            weight = weight / (share * size)[column]
+    return weight / weight.sum()
+
+
+def mutual_information(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> float:
+    """In nats, under the weights."""
+    joint = np.zeros((a.max() + 1, b.max() + 1))
+    np.add.at(joint, (a, b), weight / weight.sum())
+    seen = joint > 0
+    return float((joint * np.log(np.where(seen, joint, 1) / np.where(seen, np.outer(joint.sum(1), joint.sum(0)), 1))).sum())
+
+
+def bag_of_words(world: Items) -> dict[str, float]:
+    """Held-out accuracy of the best linear reader of word counts, per attribute: what needs no order."""
+    generator = torch.Generator().manual_seed(0)
+    part = [world.draw(count, held_out, generator) for count, held_out in ((8192, False), (2048, True))]
+    count = lambda i: F.one_hot(world.table[i], world.n_word).sum(1)[None].float()
+    value = lambda i: world.values[i][:, world.varying]
+    score = probes.converged_probe(count(part[0]), value(part[0]), count(part[1]), value(part[1]), world.value_sizes)
+    return {world.names[f]: round(v, 4) for f, v in zip(world.varying, score[0].tolist())}
+
+
+# ---------------------------------------------------------------------------------------------- the picture
+
+
+def plot(metrics: dict, path: Path) -> None:
+    figure, f, colours, best = probes.draw_arms(metrics, "Text" if len(metrics["bag_of_words"]) else "Word selection")
+    last = metrics["runs"][-1]
+    block, names, place = last["headline_block"], list(metrics["attributes"]), np.arange(len(metrics["attributes"]))
+    for i, (arm, colour) in enumerate(colours.items()):
+        mine = [run for run in metrics["runs"] if (run["arm"], run["lr"], run["difficulty"]) == (arm, best[arm], last["difficulty"])]
+        score = np.median(np.array([run["weights_score_by_factor"][-1][block] for run in mine], float), 0)
+        f.plot(place + 0.1 * (i - len(colours) / 2), score, "o", color=colour, ms=5)
+    for at, name in enumerate(names):
+        f.plot([at - 0.4, at + 0.4], [1 / metrics["attributes"][name]] * 2, color="black", ls="--", lw=1, label="chance" * (at == 0))
+        f.plot([at - 0.4, at + 0.4], [metrics["bag_of_words"][name]] * 2, color="black", lw=1, label="bag of words" * (at == 0))
+    f.set_xticks(place, names, rotation=20)
+    f.legend(fontsize=8)
+    f.set(title=f"(f) What block {block + 1} knows of a text at the end", ylabel="weights score by attribute", ylim=(0, 1.05))
+    probes.save_figure(path, figure)
+
+
+def main() -> None:
+    try:
+        args = arguments()
+        out = Path(args.out)
+        probes.prepare_out(out)
+        if not args.replot:
+            train(args, out)
+        plot(probes.read_metrics(out), out / "figure.png")
+    except UsageError as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
