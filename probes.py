@@ -235,7 +235,10 @@ class Record:
             raise UsageError("--difficulty 1 with one asked factor: nothing is left for the context; ask two factors (--ask) or raise it")
         number = HELD_OUT + torch.arange(sequences, device=device).expand(len(runs), -1)
         self.held_out = world.sample(seed, mappings(difficulty, device), number, args.pairs, held_out=True)
-        if world.n_label:
+        self.free = [level["no_context_loss"] for level in self.references]
+        if not world.n_label:  # predicting zero on the very sequences a run is judged on: w differs between them
+            self.free = world.loss(torch.zeros_like(self.held_out.y), self.held_out).mean((1, 2)).tolist()
+        else:
             self.fresh = world.sample(seed, mappings([math.inf] * len(runs), device), number, args.pairs, held_out=True)
         self.prober = Prober(world, seed, mappings(difficulty, device), args.pairs)
         self.block = headline_block(model.config.n_layer)
@@ -334,8 +337,8 @@ class Record:
         loss, accuracy = number(torch.stack(self.loss).T.tolist()), number(torch.stack(self.accuracy).T.tolist())
         scores = {key: number(torch.stack([s[key] for s in self.scores], 1).tolist()) for key in self.scores[0]}  # [run][probe][block]
         out = []
-        for r, (run, level) in enumerate(zip(self.runs, self.references)):
-            losses, free = loss[r], level["no_context_loss"]
+        for r, (run, level, free) in enumerate(zip(self.runs, self.references, self.free)):
+            losses = loss[r]
             length = plateau_length(self.steps, losses, ESCAPE * free)
             if self.world.n_label:
                 complete = [(a or 0) >= COMPLETE * level["bayes_accuracy"] for a in accuracy[r]]
