@@ -183,7 +183,7 @@ def plot(metrics: dict, path: Path) -> None:
     f.axvline(0, color="black", ls="--", lw=1)
     f.set(
         title="(f) Gain against the baseline's dysfunction",
-        xlabel="baseline's weights score, end minus start",
+        xlabel="baseline's weights score, end minus start" + " (error: right is worse)" * (metrics["args"].get("task") == "linear"),
         ylabel="steps saved (same seed and rate)",
     )
     probes.save_figure(path, figure)

@@ -140,14 +140,16 @@ def plot(metrics: dict, path: Path) -> None:
     runs = [run for run in metrics["runs"] if run["lr"] == lr]
     difficulties = list(dict.fromkeys(run["difficulty"] for run in runs))
     colours = dict(zip(difficulties, plt.cm.viridis_r(np.linspace(0.05, 0.95, len(difficulties)))))
-    groups = {f"m = {m}".replace("inf", "\u221e"): (colours[m], [run for run in runs if run["difficulty"] == m]) for m in difficulties}
+    linear = args.get("task") == "linear"  # then the score is an error: worse is up
+    label = lambda m: f"{'d' if linear else 'm'} = {m}".replace("inf", "\u221e")
+    groups = {label(m): (colours[m], [run for run in runs if run["difficulty"] == m]) for m in difficulties}
     several = len(args["lr"]) > 1
     figure, axes = plt.subplots(2 + several, 3, figsize=(15, 8.4 + 4 * several), layout="constrained")
     (a, b, c), (d, e, f) = axes[:2]
     budget = runs[0]["steps"][-1]
     score = lambda key: lambda run: [row[block] for row in run[key]]
     change = lambda run: math.nan if probes.score_change(run) is None else probes.score_change(run)
-    start = float(np.median([run["initial_weights_score"] for run in runs]))
+    start = [float(np.median([run["initial_weights_score"] for run in runs if run["difficulty"] == m])) for m in difficulties]
 
     probes.curves(a, groups, "steps", lambda run: [v and v / run["no_context_loss"] for v in run["loss"]])
     for m, colour in colours.items():
@@ -163,16 +165,21 @@ def plot(metrics: dict, path: Path) -> None:
     )
 
     probes.curves(b, groups, "probe_steps", score("weights_score"))
-    b.axhline(start, color="black", ls="--", lw=1)
-    b.axhspan(b.get_ylim()[0], start, color="tab:red", alpha=0.07, lw=0)
-    b.text(budget, start, "at initialisation", ha="right", va="bottom", fontsize=8)
-    b.set(title=f"(b) Weights component (block {block + 1}, no context)", xlabel="step", ylabel="weights score", xlim=0)
-    b.legend(fontsize=8, title="mappings", title_fontsize=8)
+    for colour, level in zip(colours.values(), start):
+        b.axhline(level, color=colour, ls="--", lw=1)
+    if linear:
+        b.set_yscale("log")
+    b.axhspan(*((max(start), b.get_ylim()[1]) if linear else (b.get_ylim()[0], min(start))), color="tab:red", alpha=0.07, lw=0)
+    b.text(budget, np.median(start), "at initialisation", ha="right", va="bottom", fontsize=8)
+    b.set(title=f"(b) Weights component (block {block + 1}, no context)", xlabel="step", xlim=0,
+          ylabel="weights score: error, lower is better" if linear else "weights score")  # fmt: skip
+    b.legend(fontsize=8, title="dimension" if linear else "mappings", title_fontsize=8)
 
     if "context_score" in runs[0]:
         probes.curves(c, groups, "probe_steps", lambda run: [row[-1] for row in run["context_score"]])
-    c.axhline(1 / len(args["ask"]), color="black", ls="--", lw=1, label="chance")
-    c.set(title="(c) Context component (last block)", xlabel="step", ylabel="which factor is asked: accuracy", xlim=0)
+    c.axhline(1 if linear else 1 / len(args["ask"]), color="black", ls="--", lw=1, label="chance")
+    c.set(title="(c) Context component (last block)", xlabel="step", xlim=0,
+          ylabel="hidden vector w: error, lower is better" if linear else "which factor is asked: accuracy")  # fmt: skip
 
     place = np.arange(len(difficulties))
     end = lambda key: np.array([[run[key][-1][block] for run in runs if run["difficulty"] == m] for m in difficulties], float)
@@ -183,35 +190,32 @@ def plot(metrics: dict, path: Path) -> None:
     }.items():
         d.plot(place, np.median(end(key), 1), color=colour, lw=2, label=text)
         d.plot(place, end(key), ".", color=colour, ms=5, alpha=0.6)
-    d.axhline(start, color="black", ls="--", lw=1)
-    d.axhspan(d.get_ylim()[0], start, color="tab:red", alpha=0.07, lw=0, label="dysfunction: below initial")
+    d.plot(place, start, color="black", ls="--", lw=1)
+    d.fill_between(place, start, d.get_ylim()[linear], color="tab:red", alpha=0.07, lw=0, label="dysfunction: worse than initial")
     wide = d.twinx()
     wide.plot(place, np.median(end("spread"), 1), color="tab:orange", lw=1.5, ls="-.", label="spread of the states (right)")
     wide.set(yscale="log", ylabel="spread", ylim=(1, 3 * max(wide.get_ylim())))
-    d.set_yticks([tick for tick in d.get_yticks() if 0 <= tick <= 1])
+    if linear:
+        d.set_yscale("log")
+    else:
+        d.set_yticks([tick for tick in d.get_yticks() if 0 <= tick <= 1])
     d.set_xticks(place, [str(m).replace("inf", "\u221e") for m in difficulties])
-    d.set(title="(d) Weights component at the end: lost or drowned?", xlabel="mappings m", ylabel="weights score")
-    d.set_ylim(d.get_ylim()[0], d.get_ylim()[1] + 0.55 * np.ptp(d.get_ylim()))  # room for the legend
+    d.set(title="(d) Weights component at the end: lost or drowned?", xlabel="dimension d" if linear else "mappings m",
+          ylabel="weights score: error" if linear else "weights score")  # fmt: skip
+    d.set_ylim(d.get_ylim()[0], d.get_ylim()[1] * 100 if linear else d.get_ylim()[1] + 0.55 * np.ptp(d.get_ylim()))  # room for the legend
     d.legend(*[sum(pair, []) for pair in zip(d.get_legend_handles_labels(), wide.get_legend_handles_labels())], fontsize=7)
 
     for run in runs:
         shape = dict(marker="^", facecolor="none") if run["censored"] else dict(marker="o")
         e.scatter(change(run), probes.budgeted_length(run), edgecolor=colours[run["difficulty"]],
                   **{"facecolor": colours[run["difficulty"]], **shape})  # fmt: skip
-    e.axvspan(min(e.get_xlim()[0], -0.02), 0, color="tab:red", alpha=0.07, lw=0)
+    e.axvspan(*((0, max(e.get_xlim()[1], 0.02)) if linear else (min(e.get_xlim()[0], -0.02), 0)), color="tab:red", alpha=0.07, lw=0)
     relation = metrics["weights_score_change_against_plateau_length"]
     e.set(title=f"(e) Plateau against weights component: rank corr. {relation['rho']}, n = {relation['n']}",
           xlabel="weights score, end minus start", ylabel="plateau length (steps)", ylim=(0, 1.08 * budget))  # fmt: skip
     e.text(0.02, 0.97, "\u25b3 = still on the plateau at the end", transform=e.transAxes, va="top", fontsize=8)
 
-    shown, masks = metrics["example"], render()
-    for i, (values, label) in enumerate(list(zip(shown["values"], shown["label"]))[:8]):
-        x, y = 18 * (i % 4), -24 * (i // 4)
-        f.imshow(image(np.array(values), masks).transpose(1, 2, 0).clip(0, 1), extent=(x, x + 16, y, y + 16))
-        f.text(x + 8, y - 3.5, f"label {label}", ha="center", va="center", fontsize=10)
-    f.set(xlim=(-1, 71), ylim=(-31, 17))
-    f.set_title(f"(f) A sequence (asks for {shown['asked'].replace('_', ' ')})")
-    f.axis("off")
+    draw_positions(f, metrics, groups) if linear else draw_example(f, metrics["example"])
 
     if several:
         panels = {
@@ -235,6 +239,30 @@ def plot(metrics: dict, path: Path) -> None:
             ax.minorticks_off()
             ax.set_xticks(args["lr"], [f"{rate:g}" for rate in args["lr"]])
     probes.save_figure(path, figure)
+
+
+def draw_example(ax, shown: dict) -> None:
+    masks = render()
+    for i, (values, label) in enumerate(list(zip(shown["values"], shown["label"]))[:8]):
+        x, y = 18 * (i % 4), -24 * (i // 4)
+        ax.imshow(image(np.array(values), masks).transpose(1, 2, 0).clip(0, 1), extent=(x, x + 16, y, y + 16))
+        ax.text(x + 8, y - 3.5, f"label {label}", ha="center", va="center", fontsize=10)
+    ax.set(xlim=(-1, 71), ylim=(-31, 17))
+    ax.set_title(f"(f) A sequence (asks for {shown['asked'].replace('_', ' ')})")
+    ax.axis("off")
+
+
+def draw_positions(ax, metrics: dict, groups: dict) -> None:
+    """Regression: loss at the end by position, beside learners that are told what the task is."""
+    pairs = np.arange(metrics["args"]["pairs"])
+    for colour, runs in groups.values():
+        ax.plot(pairs, np.median([run["loss_by_position"] for run in runs], 0), color=colour, lw=2)
+        ax.plot(pairs, metrics["reference"][str(runs[0]["difficulty"])]["least_squares_loss_by_position"], color=colour, ls="--", lw=1)
+    level = metrics["reference"][str(runs[0]["difficulty"])]
+    for name, style in {"nearest": ":", "averaging": "-."}.items():
+        ax.plot(pairs, level[f"{name}_loss_by_position"], color="grey", ls=style, lw=1, label=f"{name} (largest d)")
+    ax.legend(fontsize=8)
+    ax.set(title="(f) Loss by position at the end; dashed: least squares", xlabel="pairs seen", ylabel="squared error / d", ylim=(0, 1.6))
 
 
 def main() -> None:

@@ -296,7 +296,8 @@ class Record:
         for r in (r for r, value in enumerate(loss) if not math.isfinite(value) and r not in self.warned):
             self.warned.add(r)
             print(f"warning: non-finite loss at step {step} in run {self.runs[r]}: its curve stops, the others go on")
-        arms = [" ".join([run["arm"]] * (run["arm"] != "baseline") + [f"m={run['difficulty']:.0f}"]) for run in self.runs]
+        symbol = "m" if self.world.n_label else "d"
+        arms = [" ".join([run["arm"]] * (run["arm"] != "baseline") + [f"{symbol}={run['difficulty']:.0f}"]) for run in self.runs]
         parts = []
         for arm in dict.fromkeys(arms):
             alive = lambda values: [v for v, other in zip(values, arms) if other == arm and math.isfinite(v)] or [math.nan]
@@ -383,6 +384,7 @@ class Record:
             "args": {key: jsonable(value) for key, value in vars(self.args).items()},
             "environment": environment(device, self.seconds),
             "finished": self.steps[-1] == self.budget,
+            "weights_score_is": "accuracy, higher is better" if self.world.n_label else "normalised error, lower is better",
             "headline_block": self.block,
             "raw_embedding_score": number(self.prober.raw_score),
             "chance_weights_score": number(self.prober.chance),
@@ -444,13 +446,14 @@ def summarise(runs: list[dict], baseline: str = "baseline") -> list[dict]:
 
 def report(metrics: dict) -> None:
     """The summary in words."""
+    symbol = "d" if metrics["args"].get("task") == "linear" else "m"
     for row in metrics["summary"]:
         lengths = " ".join("never" if v is None else str(v) for v in row["plateau_lengths"])
         changes = " ".join(f"{v:+.3f}" for v in row["weights_score_changes"])
         paired = f"; against the baseline {row['paired_differences_median']:+g}" if row["paired_differences"] else ""
         paired += f", both at their best rate {row['paired_differences_best_median']:+g}" if row["paired_differences_best"] else ""
         size, best = f", {row['size']}" if row["size"] else "", " (its best)" if row["best_lr"] else ""
-        print(f"{row['arm']}{size}, m = {row['difficulty']}, lr {row['lr']:g}{best}: ", end="")
+        print(f"{row['arm']}{size}, {symbol} = {row['difficulty']}, lr {row['lr']:g}{best}: ", end="")
         print(f"plateau {lengths}, median {row['plateau_length_median']:g}{paired}; weights score {changes}")
 
 
@@ -488,9 +491,13 @@ def draw_arms(metrics: dict, title: str):
     budget, level, score = last["steps"][-1], metrics["reference"][str(m)], lambda key: lambda run: [row[block] for row in run[key]]
     figure, axes = plt.subplots(2, 3, figsize=(15, 8.4), layout="constrained")
     a, b, c, d, e, f = axes.flat
-    figure.suptitle(f"{title}; target m = {m}".replace("inf", "\u221e") + (f", {size}" if size else ""))
+    figure.suptitle(
+        f"{title}; target {'d' if metrics['args'].get('task') == 'linear' else 'm'} = {m}".replace("inf", "\u221e")
+        + (f", {size}" if size else "")
+    )
 
-    curves(a, groups, "steps", lambda run: run["loss"])
+    relative = lambda run: level["no_context_loss"] / run["no_context_loss"]  # runs differ a little in what zero knowledge gives
+    curves(a, groups, "steps", lambda run: [v and v * relative(run) for v in run["loss"]])
     for value, text in ((level["no_context_loss"], "best without context"), (level["bayes_loss"], "exact Bayes")):
         a.axhline(value, color="black", ls="--", lw=1)
         a.text(budget, value, text, ha="right", va="bottom", fontsize=8)
@@ -505,7 +512,9 @@ def draw_arms(metrics: dict, title: str):
     a.legend(fontsize=7)
     curves(b, groups, "probe_steps", score("weights_score"))
     b.axhline(np.median([run["initial_weights_score"] for run in here]), color="black", ls="--", lw=1)
-    b.set(title=f"(b) Weights component (block {block + 1}); dashed: at initialisation", xlabel="step", ylabel="weights score", xlim=0)
+    error = "error" in metrics.get("weights_score_is", "")
+    b.set(title=f"(b) Weights component (block {block + 1}); dashed: at initialisation", xlabel="step", xlim=0,
+          ylabel="weights score: error, lower is better" if error else "weights score", yscale="log" if error else "linear")  # fmt: skip
     curves(c, groups, "probe_steps", score("spread"))
     c.set(title="(c) Spread of the states: drowning", xlabel="step", ylabel="spread", xlim=0, yscale="log")
     for place, (arm, lr) in enumerate(best.items()):
@@ -516,17 +525,20 @@ def draw_arms(metrics: dict, title: str):
     d.set_yticks(range(len(best)), list(groups))
     d.invert_yaxis()
     d.set(title="(d) Plateau length at the best rate (\u25b3 = never)", xlabel="steps", xlim=(0, 1.05 * budget))
+    difficulties = list(dict.fromkeys(run["difficulty"] for run in metrics["runs"]))
+    if len(rates) > 1 or len(difficulties) == 1:
+        against, places, names = "learning rate", rates, [f"{rate:g}" for rate in rates]
+        row = lambda arm, rate: (arm, m, rate)
+        e.set_xscale("log")
+    else:
+        against, places, names = "difficulty", range(len(difficulties)), [str(v).replace("inf", "\u221e") for v in difficulties]
+        row = lambda arm, at: (arm, difficulties[at], rates[0])
+    medians = {(r["arm"], r["difficulty"], r["lr"]): r["plateau_length_median"] for r in metrics["summary"] if r["size"] == size}
     for arm, colour in colours.items():
-        e.plot(rates, [statistics.median(map(budgeted_length, mine(arm, lr))) for lr in rates], "o-", color=colour)
-    e.set(
-        title="(e) Plateau length against learning rate (median)",
-        xlabel="learning rate",
-        ylabel="steps",
-        xscale="log",
-        ylim=(0, 1.05 * budget),
-    )
+        e.plot(places, [medians[row(arm, place)] for place in places], "o-", color=colour)
+    e.set(title=f"(e) Plateau length against {against} (median)", xlabel=against, ylabel="steps", ylim=(0, 1.05 * budget))
     e.minorticks_off()
-    e.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    e.set_xticks(places, names)
     return figure, f, colours, best
 
 
