@@ -613,7 +613,21 @@ def check(args) -> None:
         if isinstance(value, list) and key != "factors":
             setattr(args, key, list(dict.fromkeys(value)))
         if (
-            key in ("seeds", "steps", "batch", "pairs", "n_layer", "n_head", "d_model", "evaluations", "probes", "code_width")
+            key
+            in (
+                "seeds",
+                "steps",
+                "batch",
+                "pairs",
+                "n_layer",
+                "n_head",
+                "d_model",
+                "evaluations",
+                "probes",
+                "code_width",
+                "words",
+                "vocabulary",
+            )
             and value is not None
             and min(values) < 1
         ):

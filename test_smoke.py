@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional as F
 
 import exp_mixture
+import exp_nlp
 import exp_warmup
 import probes
 from model import GPT, Adam, Config, autocast
@@ -27,6 +28,7 @@ from tasks import (
     MAPPING,
     PERMUTATION,
     SIZES,
+    Regression,
     UsageError,
     bayes,
     code,
@@ -35,6 +37,7 @@ from tasks import (
     load_embedding,
     mappings,
     random_bits,
+    random_normal,
     render,
     sequence_numbers,
     shapes,
@@ -309,6 +312,91 @@ def test_reference_levels_of_the_full_world():
     assert one["bayes_accuracy"] > level["bayes_accuracy"] and one["no_context_loss"] < level["no_context_loss"]
 
 
+def test_extra_targets_equal_a_slow_loop():
+    world, seed, g = shapes(FEW, FACTORS[:2], code_width=5), torch.tensor([3, 8]), torch.Generator().manual_seed(0)
+    batch = world.sample(seed, mappings([4.0, math.inf], "cpu"), sequence_numbers(seed, 0, 3), 4)
+    sizes = [4, 3, 2, 2, 3]
+    guess, which = torch.randn(2, 3, 4, sum(sizes), generator=g), torch.randn(2, 3, 4, 2, generator=g)
+    got, asked, other = world.value_loss(guess, batch.values), world.asked_loss(which, batch), world.other_values(batch)
+    nll = lambda z, t: float(np.log(np.exp(z.double().numpy()).sum()) - z[t].item())
+    for r, b, n in itertools.product(range(2), range(3), range(4)):
+        values = [v for v, size in zip(np.unravel_index(batch.item[r, b, n].item(), FEW), FEW) if size > 1]
+        parts = guess[r, b, n].split(sizes)
+        assert got[r, b, n].item() == pytest.approx(np.mean([nll(z, v) for z, v in zip(parts, values)]), abs=1e-5)
+        assert asked[r, b, n].item() == pytest.approx(nll(which[r, b, n], batch.asked[r, b].item()), abs=1e-5)
+    again = world.other_values(world.sample(seed, mappings([4.0, math.inf], "cpu"), sequence_numbers(seed, 0, 3), 4))
+    assert torch.equal(other, again) and (other != batch.values).any(-1).float().mean() > 0.9  # fixed per image, and another image
+
+
+def test_normal_numbers_are_normal():
+    z = random_normal(torch.arange(3)[:, None], torch.arange(100_000)).double()
+    for k, moment in enumerate([0, 1, 0, 3, 0, 15], 1):
+        assert abs((z**k).mean() - moment) < 6 * (z**k).std() / z.numel() ** 0.5
+    assert 4 < z.abs().max() < 6.7 and abs(np.corrcoef(z.numpy())[0, 1]) < 0.02
+
+
+def test_regression_sequences_are_linear_and_padding_changes_nothing():
+    seed, d, number = torch.tensor([1, 2]), torch.tensor([3, 5]), torch.arange(4000).expand(2, -1)
+    wide, narrow = Regression(7).sample(seed, d, number, 6), Regression(3).sample(seed[:1], d[:1], number[:1], 6)
+    assert torch.equal(wide.x[0, ..., :3], narrow.x[0]) and torch.equal(wide.asked[0, :, :3], narrow.asked[0])
+    assert torch.equal(wide.y[0], narrow.y[0]) and not wide.x[0, ..., 3:].any() and not wide.x[1, ..., 5:].any()
+    b, i = 17, 4
+    assert wide.y[1, b, i, 0].item() == pytest.approx(
+        sum(wide.x[1, b, i, j].item() * wide.asked[1, b, j].item() for j in range(5)), abs=1e-5
+    )
+    for r, size in enumerate((3, 5)):
+        assert abs(wide.y[r].square().mean() / size - 1) < 0.1 and abs(wide.x[r, ..., :size].var() - 1) < 0.02
+    noisy = Regression(7, noise=2.0).sample(seed, d, number, 6)
+    assert torch.equal(noisy.x, wide.x) and abs((noisy.y - wide.y).std() - 2) < 0.05
+    # the model: zeros add nothing, so only the scale of the read-in's first weights knows the padding
+    small, large = GPT(Config(**Regression(3).inputs, **MODEL), [0]), GPT(Config(**Regression(7).inputs, **MODEL), [0])
+    state = small.state_dict()
+    state["read_in.weight"] = torch.cat([state["read_in.weight"], torch.randn(1, 4, 8)], 1)
+    large.load_state_dict(state)
+    torch.testing.assert_close(large(wide.x[:1, :9], wide.y[:1, :9]), small(narrow.x[:, :9], narrow.y[:, :9]))
+
+
+MODEL = dict(n_pair=6, n_layer=2, n_head=2, d_model=8)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_regression_references_equal_numpy(noise):
+    d, n, count = 3, 7, 40
+    level = Regression(5, noise).references(4, d, n, sequences=count)
+    batch = Regression(5, noise).sample(torch.tensor([4]), torch.tensor([d]), HELD_OUT + torch.arange(count)[None], n)
+    x, y = batch.x[0, :, :, :d].double().numpy(), batch.y[0, :, :, 0].double().numpy()
+    for k in range(n):
+        error = dict(least_squares=[], bayes=[], ridge=[], nearest=[], averaging=[])
+        for a, b in zip(x, y):
+            past, value = a[:k], b[:k]
+            solve = lambda penalty, past=past, value=value: np.linalg.inv(past.T @ past + penalty * np.eye(d)) @ past.T @ value
+            w = np.linalg.lstsq(past, value, rcond=None)[0] if k else np.zeros(d)
+            error["least_squares"].append((a[k] @ w - b[k]) ** 2)
+            error["bayes"].append((a[k] @ (solve(noise**2) if noise else w) - b[k]) ** 2)
+            error["ridge"].append((a[k] @ solve(1.0) - b[k]) ** 2)
+            near = np.argsort(((past - a[k]) ** 2).sum(1))[:3]
+            error["nearest"].append(((value[near].mean() if k else 0) - b[k]) ** 2)
+            error["averaging"].append((a[k] @ (past.T @ value) / max(1, k) - b[k]) ** 2)
+        for name, values in error.items():
+            assert level[f"{name}_loss_by_position"][k] == pytest.approx(np.mean(values) / d, rel=1e-6, abs=1e-9), (name, k)
+    assert level["no_context_loss"] == 1 + noise**2 / d
+    exact = Regression(4).references(0, 4, 9, sequences=4000)["least_squares_loss_by_position"]
+    np.testing.assert_allclose(exact, [max(0, 1 - k / 4) for k in range(9)], atol=0.08)  # the closed form without noise
+
+
+def test_a_small_model_learns_regression_in_context_and_beats_averaging():
+    world, seed, d = Regression(2), torch.tensor([3]), torch.tensor([2])
+    model = GPT(Config(**world.inputs, n_pair=5, n_layer=2, n_head=2, d_model=32), [3])
+    optimizer = Adam(model, 5e-3)
+    for step in range(400):
+        batch = world.sample(seed, d, sequence_numbers(seed, step, 64), 5)
+        world.loss(model(batch.x, batch.y), batch).mean((1, 2)).sum().backward()
+        optimizer.step()
+    batch = world.sample(seed, d, HELD_OUT + torch.arange(512)[None], 5)  # the sequences of the reference levels
+    loss, level = probes.evaluate(model, world, batch)[0][0, -1], world.references(3, 2, 5)
+    assert level["least_squares_loss_by_position"][-1] < loss < 0.8 * level["averaging_loss_by_position"][-1]
+
+
 def test_images_show_every_factor():
     masks = render()
     assert masks.shape == (480, 3, 16, 16) and masks.min() >= 0 and masks.max() <= 1
@@ -385,6 +473,16 @@ def test_a_drowned_state_lowers_the_papers_probe_but_not_the_converged_one():
     assert trained[0] > 0.95 and trained[1] < 0.6 and min(converged) > 0.95
 
 
+def test_regression_probes_score_the_normalised_error():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3000, 4, generator=g)
+    x[..., 3] = 0  # padding
+    seen = torch.cat([x[..., :2] * 2 + 1, torch.randn(1, 3000, 5, generator=g)], -1)  # two of three dimensions can be read
+    for probe in (probes.linear_probe, probes.converged_probe):
+        score = probe(seen[:, :2000], x[:, :2000], seen[:, 2000:], x[:, 2000:], None)
+        assert score.shape == (1, 1) and abs(score.item() - 1 / 3) < 0.05
+
+
 def test_plateau_length_on_made_curves():
     steps = [0, 10, 20, 30]
     assert probes.plateau_length(steps, [1.0, 0.9, 0.7, 0.9], 0.8) == 20
@@ -417,10 +515,144 @@ def test_rank_correlation():
     assert probes.rank_correlation([1, 1, 2], [5, 5, 5]) is None
 
 
+# ---------------------------------------------------------------------------------------------- exp_nlp.py
+
+
+def parse(words: list[str]) -> dict[str, str]:
+    """The attributes of a sentence of the grammar, read from its words from left to right, with no help from the generator."""
+    kind = {noun: name for name, nouns in exp_nlp.KINDS.items() for noun in nouns}
+    kind |= {noun + "s": name for noun, name in kind.items()} | {"cactuses": "plant"}
+    verbs = {**{v: "base" for v in exp_nlp.VERBS}, **{v + e: "third" for v in exp_nlp.VERBS for e in ("s", "es")}}
+    verbs |= {v + e: "past" for v in exp_nlp.VERBS for e in ("d", "ed")}
+    nouns = [i for i, word in enumerate(words) if word in kind]
+    verb = next(i for i, word in enumerate(words) if word in verbs)
+    auxiliary = next((i for i, word in enumerate(words[:verb]) if word in ("do", "does", "did", "will", "have", "has")), None)
+    tense = {"do": "present", "does": "present", "did": "past", "will": "future", "have": "perfect", "has": "perfect"}
+    plain = {"base": "present", "third": "present", "past": "past"}
+    assert len(nouns) == 2 and nouns[0] < verb < nouns[1]
+    return dict(
+        subject=kind[words[nouns[0]]],
+        object=kind[words[nouns[1]]],
+        tense=tense[words[auxiliary]] if auxiliary is not None else plain[verbs[words[verb]]],
+        number="one" if words[nouns[0]] in sum(exp_nlp.KINDS.values(), []) else "many",
+        negation="yes" if {"not", "never"} & set(words) else "no",
+        question="yes" if auxiliary is not None and auxiliary < nouns[0] else "no",
+        sentiment=next(name for name, some in exp_nlp.ADJECTIVES.items() if set(some) & set(words)),
+    )
+
+
+def nlp_args(**changes):
+    given = dict(conllu=None, tsv=None, text="grammar", ask=None, words=11, vocabulary=1000, pairs=4)
+    return type("Args", (), given | changes)
+
+
+def test_grammar_attributes_equal_an_independent_parse():
+    texts, attributes, _ = exp_nlp.grammar(3000)
+    assert len(set(texts)) == 3000 and max(map(len, texts)) <= 11
+    for i, words in enumerate(texts):
+        assert parse(list(words)) == {name: column[i] for name, column in attributes.items()}, words
+
+
+def test_grammar_hides_its_attributes_from_position_length_and_bags_of_words():
+    world, g = exp_nlp.texts(nlp_args(), "cpu"), torch.Generator().manual_seed(0)
+    one, two = (world.draw(count, held_out, g) for count, held_out in ((6000, False), (2000, True)))
+    assert not set(map(tuple, world.table[world.train].tolist())) & set(map(tuple, world.table[world.test].tolist()))
+    values, sizes = world.values, world.value_sizes
+    read = lambda f: probes.converged_probe(f(one)[None], values[one], f(two)[None], values[two], sizes)[0]
+    hot = lambda t, size: F.one_hot(t, size).float()
+    position = torch.stack([read(lambda i, p=p: hot(world.table[i, p], world.n_word)) for p in range(world.table.shape[1] - 1)])
+    length = read(lambda i: hot((world.table[i] > 0).sum(1), 20))
+    assert position.max() < 0.85 and (length - 1 / torch.tensor(sizes)).max() < 0.15
+    bag = exp_nlp.bag_of_words(world)
+    assert max(bag["subject"], bag["object"], bag["question"]) < 0.75 and bag["tense"] > 0.95
+
+
+CONLLU = """# newdoc id = a
+# sent_id = mail-1
+# text = He doesn't see cats.
+1\tHe\the\tPRON\tPRP\tNumber=Sing\t4\tnsubj\t_\t_
+2-3\tdoesn't\t_\t_\t_\t_\t_\t_\t_\t_
+2\tdoes\tdo\tAUX\tVBZ\tTense=Pres|VerbForm=Fin\t4\taux\t_\t_
+3\tn't\tnot\tPART\tRB\t_\t4\tadvmod\t_\t_
+4\tsee\tsee\tVERB\tVB\tVerbForm=Inf\t0\troot\t_\t_
+4.1\tghost\tghost\tNOUN\t_\t_\t_\t_\t_\t_
+5\tcats\tcat\tNOUN\tNNS\tNumber=Plur\t4\tobj\t_\t_
+6\t.\t.\tPUNCT\t.\t_\t4\tpunct\t_\t_
+
+# newdoc id = b
+# sent_id = blog-1
+1\tLook\tlook\tVERB\tVB\tMood=Imp|VerbForm=Fin\t0\troot\t_\t_
+"""
+
+
+def test_conllu_is_read_as_the_format_says(tmp_path):
+    (tmp_path / "a.conllu").write_text(CONLLU)
+    words, attributes, documents = exp_nlp.conllu([str(tmp_path / "a.conllu")])
+    assert words == [["he", "does", "n't", "see", "cats", "."], ["look"]] and len(set(documents)) == 2
+    assert {name: column for name, column in attributes.items() if name != "length"} == dict(
+        verb=["Pres", "Imp"],
+        subject=["PRON", "none"],
+        number=["Sing", "none"],
+        end=[".", "none"],
+        genre=["mail", "blog"],
+        root=["VERB"] * 2,
+    )
+    (tmp_path / "b.conllu").write_text((CONLLU.split("# newdoc id = b")[1] + "\n") * 120)  # no documents: every 50 sentences
+    assert len(set(exp_nlp.conllu([str(tmp_path / "b.conllu")])[2])) == 3
+
+
+def made_tsv(path: Path, texts: int = 400) -> Path:
+    rng = np.random.default_rng(0)
+    colour, size = rng.choice(["red", "green", "blue"], texts, p=[0.6, 0.3, 0.1]), rng.choice(["big", "small"], texts)
+    noise = lambda: " ".join(rng.choice(["a", "b", "c", "d", "e", "f"], 4))
+    path.write_text("text\tcolour\tsize\tconstant\n" + "".join(f"{noise()} {c} {s}\t{c}\t{s}\tx\n" for c, s in zip(colour, size)))
+    return path
+
+
+def test_texts_are_split_by_document_and_values_are_balanced(tmp_path, capsys):
+    world = exp_nlp.texts(nlp_args(tsv=str(made_tsv(tmp_path / "t.tsv"))), "cpu")
+    assert world.names == ("colour", "size") and "constant: left out, one value" in capsys.readouterr().out
+    for part in (world.train, world.test):
+        for f, size in enumerate(world.sizes):
+            share = torch.zeros(size, dtype=torch.float64).index_add_(0, world.values[part, f], world.weight[part])
+            torch.testing.assert_close(share, torch.full((size,), 1 / size, dtype=torch.float64), atol=1e-6, rtol=0)
+    seed = torch.tensor([0])
+    batch = world.sample(seed, mappings([math.inf], "cpu"), torch.arange(2000)[None], 4)
+    assert (torch.bincount(batch.values[..., 0].flatten(), minlength=3) / 8000 - 1 / 3).abs().max() < 0.03
+    assert set(batch.item.flatten().tolist()) <= set(world.train.tolist())
+    assert (world.table[:, -1] == exp_nlp.STOP).all() and world.table.max() < world.n_word
+    # documents stay whole: sentences of one document are all in training or all held out
+    words, documents = [[str(i)] for i in range(300)], [i // 3 for i in range(300)]
+    made = (words, {"a": [str(i % 2) for i in range(300)]}, documents)
+    part = exp_nlp_texts_of(made)
+    assert len({i // 3 for i in part.train.tolist()} & {i // 3 for i in part.test.tolist()}) == 0 and len(part.test) == 60
+
+
+def exp_nlp_texts_of(made):
+    original, exp_nlp.grammar = exp_nlp.grammar, lambda: made
+    try:
+        return exp_nlp.texts(nlp_args(ask=["a"]), "cpu")
+    finally:
+        exp_nlp.grammar = original
+
+
+def test_word_selection_labels_the_word_of_the_asked_category():
+    world, seed = exp_nlp.wordselect("cpu", 500), torch.tensor([3])
+    batch = world.sample(seed, mappings([1.0], "cpu"), torch.arange(200)[None], 6)
+    for b, i in itertools.product(range(200), range(6)):
+        label, listed = batch.label[0, b, i].item(), batch.x[0, b, i, :-1].tolist()
+        assert label // 12 == batch.asked[0, b] and label + exp_nlp.FIRST in listed
+        assert sorted((word - exp_nlp.FIRST) // 12 for word in listed) == [0, 1, 2, 3, 4]
+    level = world.references(3, 1.0, 6)
+    assert level["no_context_loss"] == pytest.approx(math.log(5)) and level["bayes_accuracy"] == pytest.approx((0.2 + 5) / 6)
+
+
 # ---------------------------------------------------------------------------------------------- the scripts
 
-SMALL = "--steps 12 --batch 4 --pairs 4 --factors 3 3 2 2 1 1 --ask floor_hue wall_hue --n-layer 2 --n-head 2 --d-model 16 --seeds 2 " \
-        "--code-width 8 --lr 2e-3 --evaluations 4 --probes 2 --no-compile --precision fp32 --device cpu --sequences 0"  # fmt: skip
+TRAIN = "--steps 12 --batch 4 --n-layer 2 --n-head 2 --d-model 16 --seeds 2 --lr 2e-3 --evaluations 4 --probes 2 " \
+        "--no-compile --precision fp32 --device cpu"  # fmt: skip
+SMALL = f"{TRAIN} --pairs 4 --factors 3 3 2 2 1 1 --ask floor_hue wall_hue --code-width 8 --sequences 0"
+OWN_FLAGS = {"exp_warmup.py": "--switch 0 5", "exp_mixture.py": "--fraction 0 0.5", "exp_nlp.py": "--switch 5"}
 
 
 def run(command: str, expect: int = 0) -> subprocess.CompletedProcess:
@@ -548,6 +780,44 @@ def test_several_sizes_make_several_programs(tmp_path):
     assert len(science(tmp_path)["runs"]) == 4 and not science(tmp_path)["finished"]
 
 
+def call(command: str, monkeypatch) -> int:
+    """As run(), in this process: a case costs no second import of torch."""
+    script, *flags = shlex.split(command)
+    monkeypatch.chdir(HERE)
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    try:
+        importlib.import_module(script[:-3]).main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+@pytest.mark.parametrize("script, arms", [("exp_plateau.py", 1), ("exp_aux_loss.py", 5)])
+def test_linear_regression_end_to_end(script, arms, tmp_path):
+    run(f"{script} {TRAIN} --task linear --difficulty 2 3 --out {tmp_path}")
+    metrics = science(tmp_path)
+    assert len(metrics["runs"]) == 2 * 2 * arms and (tmp_path / "figure.png").exists()
+    one = metrics["runs"][0]
+    assert "accuracy" not in one and len(one["loss_by_position"]) == 7 and "least_squares_loss" in metrics["reference"]["3"]
+    assert metrics["weights_score_is"].startswith("normalised error") and len(one["weights_score"][0]) == 2
+    assert len({tuple(run["loss"]) for run in metrics["runs"]}) == len(metrics["runs"])  # every run went its own way
+
+
+def test_exp_nlp_end_to_end(tmp_path):
+    (tmp_path / "made.conllu").write_text(CONLLU * 40)
+    sources = {"grammar": "", "wordselect": "--text wordselect", "tsv": f"--tsv {made_tsv(tmp_path / 'made.tsv')}"}
+    for name, flags in sources.items():
+        run(f"exp_nlp.py {TRAIN} --pairs 4 --switch 5 {flags} --out {tmp_path}/{name}")
+        metrics = science(tmp_path / name)
+        assert (tmp_path / name / "figure.png").exists() and len(metrics["runs"]) == (8 if name == "wordselect" else 12)
+        assert len({tuple(run["loss"]) for run in metrics["runs"]}) == len(metrics["runs"])
+        assert set(metrics["bag_of_words"]) == set(metrics["attributes"])
+    plain = f"exp_nlp.py {TRAIN} --pairs 4 --conllu {tmp_path}/made.conllu"
+    run(f"{plain} --arm baseline mixture weights --weight 0 --fraction 0 --out {tmp_path}/conllu")
+    base, mixture, weights = weights_of(tmp_path / "conllu")["read_out.weight"].split(2)
+    assert torch.equal(base, mixture) and torch.equal(base, weights)  # nothing mixed in and weight 0 are the baseline bit for bit
+
+
 COMMON = [
     ("--difficulty 0", "--difficulty"),
     ("--difficulty 1.5", "--difficulty"),
@@ -579,17 +849,60 @@ OWN = [
     ("exp_aux_loss.py", "--loss weights:-1", "--loss"),
     ("exp_aux_loss.py", "--loss magic", "--loss"),
 ]
-EVERYWHERE = [(script, "--seeds 0", "--seeds") for script in ("exp_warmup.py", "exp_mixture.py", "exp_aux_loss.py")]
+OWN += [(script, "--seeds 0", "--seeds") for script in ("exp_warmup.py", "exp_mixture.py", "exp_aux_loss.py")]
+FILES = {
+    "short.conllu": "1\tHe\the\n",
+    "empty.conllu": "",
+    "one.conllu": CONLLU.split("# newdoc id = b")[1] * 40,
+    "latin.conllu": b"1\t\xe9",
+    "notext.tsv": "a\tb\n1\t2\n",
+    "ragged.tsv": "text\ta\nx y\n",
+    "empty.tsv": "",
+    "bare.tsv": "text\ta\n",
+    "few.tsv": "text\ta\nx y\t1\nx z\t2\nu v\t1\nu w\t2\n",
+}
+TEXT = [
+    (f"--conllu {{}}/{name}" if name.endswith("u") else f"--tsv {{}}/{name}", "--conllu" if name.endswith("u") else "--tsv")
+    for name in FILES
+]
+TEXT += [
+    ("--conllu nowhere.conllu", "--conllu"),
+    ("--tsv nowhere.tsv", "--tsv"),
+    ("--tsv a --conllu b", "--tsv"),
+    ("--ask colour", "--ask"),
+    ("--text wordselect --difficulty 5", "--text"),
+    ("--text wordselect --arm warmup", "--text"),
+    ("--switch 12", "--switch"),
+    ("--fraction 0.3", "--fraction"),
+    ("--weight -1", "--weight"),
+    ("--norm-weight nan", "--norm-weight"),
+    ("--difficulty 1", "--difficulty"),
+    ("--words 0", "--words"),
+    ("--vocabulary 0", "--vocabulary"),
+    ("--arm magic", "--arm"),
+]
+LINEAR = [
+    ("--difficulty inf", "--difficulty"),
+    ("--difficulty 1000", "--difficulty"),
+    ("--noise -1", "--noise"),
+    ("--embedding pixels", "--embedding"),
+    ("--ask wall_hue", "--ask"),
+    ("--pairs 0", "--pairs"),
+]
+CASES = [("exp_plateau.py", f"{SMALL} {flags}", named) for flags, named in [*COMMON, ("--noise 1", "--noise"), ("--task magic", "--task")]]
+CASES += [(script, f"{SMALL} {OWN_FLAGS.get(script, '')} {flags}", named) for script, flags, named in OWN]
+CASES += [("exp_nlp.py", f"{TRAIN} --pairs 4 --switch 5 {flags}", named) for flags, named in TEXT]
+CASES += [(script, f"{TRAIN} --task linear --difficulty 2 {flags}", named) for flags, named in LINEAR
+          for script in ("exp_plateau.py", "exp_aux_loss.py")]  # fmt: skip
 
 
-@pytest.mark.parametrize("script, flags, named", [("exp_plateau.py", *case) for case in COMMON] + OWN + EVERYWHERE)
+@pytest.mark.parametrize("script, flags, named", CASES)
 def test_wrong_input_ends_in_one_line_that_names_the_flag(script, flags, named, tmp_path, monkeypatch, capsys):
-    own = {"exp_warmup.py": "--switch 0 5", "exp_mixture.py": "--fraction 0 0.5"}.get(script, "")
-    monkeypatch.chdir(HERE)
-    monkeypatch.setattr(sys, "argv", [script, *shlex.split(f"{SMALL} {own} --out {tmp_path}/x {flags}")])
-    with pytest.raises(SystemExit) as stop:  # in this process: a case costs no second import of torch
-        importlib.import_module(script[:-3]).main()
-    assert stop.value.code == 2 and named in capsys.readouterr().err.strip().splitlines()[-1]
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert call(f"{script} --out {tmp_path}/x {flags.format(tmp_path)}", monkeypatch) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert named in said[-1] and not any("Traceback" in line for line in said)
     assert not (tmp_path / "x" / "metrics.json").exists()
 
 
@@ -601,8 +914,11 @@ def test_the_readme_has_commands():
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))
-def test_every_command_of_the_readme_runs(command, tmp_path):
+def test_every_command_of_the_readme_runs(command, tmp_path, monkeypatch):
     script, _, flags = command.strip().partition(" ")
-    own = "--switch 0 5" if script == "exp_warmup.py" else "--fraction 0 0.5" if script == "exp_mixture.py" else ""
-    run(f"{script} {SMALL} {flags} {own} --out {tmp_path}")
+    small = TRAIN if "--task linear" in flags else f"{TRAIN} --pairs 4" if script == "exp_nlp.py" else SMALL
+    if "--conllu" in flags:  # the reader's own file
+        (tmp_path / "made.conllu").write_text(CONLLU * 40)
+        flags = re.sub(r"--conllu \S+", f"--conllu {tmp_path}/made.conllu", flags)
+    assert call(f"{script} {small} {flags} {OWN_FLAGS.get(script, '')} --out {tmp_path}", monkeypatch) == 0
     assert (tmp_path / "figure.png").exists()
