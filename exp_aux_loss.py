@@ -60,6 +60,7 @@ def arguments() -> argparse.Namespace:
     run.add_argument("--scale", choices=("laptop", "paper"), default="laptop", help="which set of defaults (any flag overrides)")
     run.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of training; measures are always fp32")
     run.add_argument("--no-compile", action="store_true", help="train without torch.compile")
+    run.add_argument("--runs-per-program", type=int, default=0, help="split what does not fit in memory; 0 = all runs in one program")
     exp = parser.add_argument_group("experiment")
     exp.add_argument("--task", choices=("shapes", "linear"), default="shapes", help="images with factors, or linear regression")
     exp.add_argument("--difficulty", type=parse_difficulty, nargs="+",
@@ -124,15 +125,17 @@ def arms(args: argparse.Namespace) -> list[dict]:
     return list({arm["arm"]: arm for arm in out}.values())  # --weight changes only some of them: each arm once
 
 
-def train(args: argparse.Namespace, out: Path) -> None:
+def runs_of(args: argparse.Namespace) -> list[dict]:
+    return [dict(**arm, difficulty=m, lr=lr, seed=s) for m in args.difficulty for arm in arms(args) for lr in args.lr
+            for s in range(args.seeds)]  # fmt: skip
+
+
+def train(args: argparse.Namespace, runs: list[dict], checkpoint: str) -> dict:
     device, args.precision = pick_device(args.device, args.precision)
     if args.task == "linear":
         world = Regression(int(max(args.difficulty)), args.noise, device)
     else:
         world = shapes(args.factors, args.ask, args.embedding, args.code_width, args.code_gain, device)
-    runs = [
-        dict(**arm, difficulty=m, lr=lr, seed=s) for m in args.difficulty for arm in arms(args) for lr in args.lr for s in range(args.seeds)
-    ]
     column = lambda key: [run[key] for run in runs]
     weight = lambda name, absent=0.0: torch.tensor([run["extra"].get(name, absent) for run in runs], device=device)
     seed, m = torch.tensor(column("seed"), device=device), mappings(column("difficulty"), device)
@@ -142,7 +145,7 @@ def train(args: argparse.Namespace, out: Path) -> None:
     model.extra.initialise(column("seed"))
     model = model.to(device)
     optimizer = Adam(model, column("lr"), eps=weight("epsilon", 1e-8), weight_decay=weight("decay"), clip=weight("clip", math.inf))
-    record = probes.Record(args, runs, world, model, optimizer)
+    record = probes.Record(args, runs, world, model, optimizer, checkpoint)
     weights, context, shuffled, norm = (weight(name) for name in ("weights", "context", "shuffled", "norm"))
     if not args.no_compile:
         compile_blocks(model)
@@ -161,9 +164,7 @@ def train(args: argparse.Namespace, out: Path) -> None:
         loss.sum().backward()  # nothing crosses the run axis: the sum's gradient is each run's own
         optimizer.step()
 
-    metrics = record.metrics(device)
-    probes.save_json(out / "metrics.json", metrics)
-    probes.report(metrics)
+    return record.metrics(device)
 
 
 # ---------------------------------------------------------------------------------------------- the picture
@@ -195,7 +196,11 @@ def main() -> None:
         out = Path(args.out)
         probes.prepare_out(out)
         if not args.replot:
-            train(args, out)
+            metrics = probes.train_programs(args, runs_of(args), train)
+            if metrics is None:  # torchrun: the first process writes
+                return
+            probes.save_json(out / "metrics.json", metrics)
+            probes.report(metrics)
         plot(probes.read_metrics(out), out / "figure.png")
     except UsageError as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)

@@ -14,7 +14,6 @@ All runs are judged on the plain target task, never on the mixture.
 """
 
 import argparse
-import itertools
 import math
 import sys
 from pathlib import Path
@@ -49,6 +48,7 @@ def arguments() -> argparse.Namespace:
     run.add_argument("--scale", choices=SCALES, default="laptop", help="which set of defaults (any flag overrides)")
     run.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of training; measures are always fp32")
     run.add_argument("--no-compile", action="store_true", help="train without torch.compile")
+    run.add_argument("--runs-per-program", type=int, default=0, help="split what does not fit in memory; 0 = all runs in one program")
     exp = parser.add_argument_group("experiment")
     exp.add_argument("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, one or several; inf = always fresh")
     exp.add_argument("--easy-difficulty", type=parse_difficulty, default=1.0, help="mappings in play in the easy part (default 1)")
@@ -83,29 +83,19 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def train(args: argparse.Namespace, out: Path) -> None:
+def runs_of(args: argparse.Namespace) -> list[dict]:
+    """Width and depth cannot differ inside one program: one each."""
+    return [dict(**arm, size=f"{n_layer} x {d_model}", difficulty=m, lr=lr, seed=s) for n_layer in args.n_layer for d_model in args.d_model
+            for m in args.difficulty for arm in arms(args) for lr in args.lr for s in range(args.seeds)]  # fmt: skip
+
+
+def train(args: argparse.Namespace, runs: list[dict], checkpoint: str) -> dict:
     device, args.precision = pick_device(args.device, args.precision)
-    parts = []
-    for n_layer, d_model in itertools.product(args.n_layer, args.d_model):  # width and depth cannot differ inside one program
-        name = f"checkpoint-{n_layer}x{d_model}.pt"
-        args.resume = args.resume and (not parts or (out / name).exists())  # stopped before this size: start it
-        parts.append(train_size(args, n_layer, d_model, device, name))
-        if not parts[-1]["finished"]:
-            break
-    metrics = {**parts[0], "finished": all(part["finished"] for part in parts), "runs": sum((part["runs"] for part in parts), [])}
-    metrics["summary"] = probes.summarise(metrics["runs"])
-    probes.save_json(out / "metrics.json", metrics)
-    probes.report(metrics)
-
-
-def train_size(args: argparse.Namespace, n_layer: int, d_model: int, device: torch.device, checkpoint: str) -> dict:
+    n_layer, d_model = map(int, runs[0]["size"].split(" x "))
     world = shapes(args.factors, args.ask, args.embedding, args.code_width, args.code_gain, device)
     foreign = None
     if "unrelated" in args.mix:
         foreign = shapes(args.factors, args.ask, "code", world.table.shape[1], args.code_gain, device, code_seed=1)
-    size = f"{n_layer} x {d_model}"
-    runs = [dict(**arm, size=size, difficulty=m, lr=lr, seed=s) for m in args.difficulty for arm in arms(args) for lr in args.lr
-            for s in range(args.seeds)]  # fmt: skip
     column = lambda key: [run[key] for run in runs]
     seed, target = torch.tensor(column("seed"), device=device), mappings(column("difficulty"), device)
     easy = mappings([args.easy_difficulty], device)
@@ -178,7 +168,11 @@ def main() -> None:
         out = Path(args.out)
         probes.prepare_out(out)
         if not args.replot:
-            train(args, out)
+            metrics = probes.train_programs(args, runs_of(args), train)
+            if metrics is None:  # torchrun: the first process writes
+                return
+            probes.save_json(out / "metrics.json", metrics)
+            probes.report(metrics)
         plot(probes.read_metrics(out), out / "figure.png")
     except UsageError as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)

@@ -57,6 +57,7 @@ def arguments() -> argparse.Namespace:
     run.add_argument("--scale", choices=SCALES, default="laptop", help="which set of defaults (any flag overrides)")
     run.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of training; measures are always fp32")
     run.add_argument("--no-compile", action="store_true", help="train without torch.compile")
+    run.add_argument("--runs-per-program", type=int, default=0, help="split what does not fit in memory; 0 = all runs in one program")
     exp = parser.add_argument_group("experiment")
     exp.add_argument("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, one or several; inf = always fresh")
     exp.add_argument("--arm", choices=ARMS, nargs="+", help="strategies to compare (default: all; word selection has no mapping to ease)")
@@ -106,11 +107,14 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def train(args: argparse.Namespace, out: Path) -> None:
+def runs_of(args: argparse.Namespace) -> list[dict]:
+    return [dict(arm=arm, difficulty=m, lr=lr, seed=s) for m in args.difficulty for arm in args.arm for lr in args.lr
+            for s in range(args.seeds)]  # fmt: skip
+
+
+def train(args: argparse.Namespace, runs: list[dict], checkpoint: str) -> dict:
     device, args.precision = pick_device(args.device, args.precision)
     world = texts(args, device)
-    runs = [dict(arm=arm, difficulty=m, lr=lr, seed=s) for m in args.difficulty for arm in args.arm for lr in args.lr
-            for s in range(args.seeds)]  # fmt: skip
     column = lambda key: [run[key] for run in runs]
     only = lambda arm, value: torch.tensor([value if run["arm"] == arm else 0 for run in runs], device=device)
     seed, target, easy = torch.tensor(column("seed"), device=device), mappings(column("difficulty"), device), mappings([1], device)
@@ -124,7 +128,7 @@ def train(args: argparse.Namespace, out: Path) -> None:
     model.extra.initialise(column("seed"))
     model = model.to(device)
     optimizer = Adam(model, column("lr"))
-    record = probes.Record(args, runs, world, model, optimizer)
+    record = probes.Record(args, runs, world, model, optimizer, checkpoint)
     if not args.no_compile:
         compile_blocks(model)
 
@@ -142,11 +146,8 @@ def train(args: argparse.Namespace, out: Path) -> None:
         loss.sum().backward()  # nothing crosses the run axis: the sum's gradient is each run's own
         optimizer.step()
 
-    metrics = record.metrics(device)
-    metrics["attributes"] = dict(zip([world.names[f] for f in world.varying], world.value_sizes))
-    metrics["bag_of_words"] = bag_of_words(world)
-    probes.save_json(out / "metrics.json", metrics)
-    probes.report(metrics)
+    attributes = dict(zip([world.names[f] for f in world.varying], world.value_sizes))
+    return record.metrics(device) | {"attributes": attributes, "bag_of_words": bag_of_words(world)}
 
 
 # ---------------------------------------------------------------------------------------------- a small grammar
@@ -469,7 +470,11 @@ def main() -> None:
         out = Path(args.out)
         probes.prepare_out(out)
         if not args.replot:
-            train(args, out)
+            metrics = probes.train_programs(args, runs_of(args), train)
+            if metrics is None:  # torchrun: the first process writes
+                return
+            probes.save_json(out / "metrics.json", metrics)
+            probes.report(metrics)
         plot(probes.read_metrics(out), out / "figure.png")
     except UsageError as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)

@@ -49,6 +49,7 @@ def arguments() -> argparse.Namespace:
     run.add_argument("--scale", choices=("laptop", "paper"), default="laptop", help="which set of defaults (any flag overrides)")
     run.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of training; measures are always fp32")
     run.add_argument("--no-compile", action="store_true", help="train without torch.compile")
+    run.add_argument("--runs-per-program", type=int, default=0, help="split what does not fit in memory; 0 = all runs in one program")
     exp = parser.add_argument_group("experiment")
     exp.add_argument("--task", choices=("shapes", "linear"), default="shapes", help="images with factors, or linear regression")
     exp.add_argument("--difficulty", type=parse_difficulty, nargs="+",
@@ -78,19 +79,22 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def train(args: argparse.Namespace, out: Path) -> None:
+def runs_of(args: argparse.Namespace) -> list[dict]:
+    return [dict(arm="baseline", difficulty=m, lr=lr, seed=s) for m in args.difficulty for lr in args.lr for s in range(args.seeds)]
+
+
+def train(args: argparse.Namespace, runs: list[dict], checkpoint: str) -> dict:
     device, args.precision = pick_device(args.device, args.precision)
     if args.task == "linear":
         world = Regression(int(max(args.difficulty)), args.noise, device)
     else:
         world = shapes(args.factors, args.ask, args.embedding, args.code_width, args.code_gain, device)
-    runs = [dict(arm="baseline", difficulty=m, lr=lr, seed=s) for m in args.difficulty for lr in args.lr for s in range(args.seeds)]
     column = lambda key: [run[key] for run in runs]
     seed, m = torch.tensor(column("seed"), device=device), mappings(column("difficulty"), device)
     model = GPT(Config(**world.inputs, n_pair=args.pairs, n_layer=args.n_layer,
                        n_head=args.n_head, d_model=args.d_model), column("seed")).to(device)  # fmt: skip
     optimizer = Adam(model, column("lr"))
-    record = probes.Record(args, runs, world, model, optimizer)
+    record = probes.Record(args, runs, world, model, optimizer, checkpoint)
     if not args.no_compile:
         compile_blocks(model)
 
@@ -102,19 +106,7 @@ def train(args: argparse.Namespace, out: Path) -> None:
         loss.sum().backward()  # nothing crosses the run axis: the sum's gradient is each run's own
         optimizer.step()
 
-    metrics = record.metrics(device)
-    metrics["best_lr"] = best_rate(metrics)
-    paired = [(probes.score_change(run), probes.budgeted_length(run)) for run in metrics["runs"]
-              if run["lr"] == metrics["best_lr"] and probes.score_change(run) is not None]  # fmt: skip
-    metrics["weights_score_change_against_plateau_length"] = {"rho": probes.rank_correlation(*zip(*paired)), "n": len(paired)}
-    if args.task == "shapes":
-        metrics["example"] = example(world, args.pairs)
-    probes.save_json(out / "metrics.json", metrics)
-    probes.report(metrics)
-    relation = metrics["weights_score_change_against_plateau_length"]
-    print(
-        f"rank correlation of weights score change and plateau length at lr {metrics['best_lr']:g}: {relation['rho']}, n = {relation['n']}"
-    )
+    return record.metrics(device) | ({"example": example(world, args.pairs)} if args.task == "shapes" else {})
 
 
 def example(world, n: int) -> dict:
@@ -130,6 +122,14 @@ def best_rate(metrics: dict) -> float:
     total = lambda lr, key: sum(math.inf if row[key] is None else row[key] for row in metrics["summary"] if row["lr"] == lr)
     rank = lambda lr: (total(lr, "plateau_length_median"), total(lr, "final_loss_median"))
     return min(metrics["args"]["lr"], key=rank)
+
+
+def relation(metrics: dict) -> dict:
+    """Does a long plateau go with a damaged weights component? Over all runs at the sweep's best rate."""
+    lr = best_rate(metrics)
+    points = [(probes.score_change(run), probes.budgeted_length(run)) for run in metrics["runs"]
+              if run["lr"] == lr and probes.score_change(run) is not None]  # fmt: skip
+    return {"best_lr": lr, "weights_score_change_against_plateau_length": {"rho": probes.rank_correlation(*zip(*points)), "n": len(points)}}
 
 
 # ---------------------------------------------------------------------------------------------- the picture
@@ -210,8 +210,8 @@ def plot(metrics: dict, path: Path) -> None:
         e.scatter(change(run), probes.budgeted_length(run), edgecolor=colours[run["difficulty"]],
                   **{"facecolor": colours[run["difficulty"]], **shape})  # fmt: skip
     e.axvspan(*((0, max(e.get_xlim()[1], 0.02)) if linear else (min(e.get_xlim()[0], -0.02), 0)), color="tab:red", alpha=0.07, lw=0)
-    relation = metrics["weights_score_change_against_plateau_length"]
-    e.set(title=f"(e) Plateau against weights component: rank corr. {relation['rho']}, n = {relation['n']}",
+    found = metrics["weights_score_change_against_plateau_length"]
+    e.set(title=f"(e) Plateau against weights component: rank corr. {found['rho']}, n = {found['n']}",
           xlabel="weights score, end minus start", ylabel="plateau length (steps)", ylim=(0, 1.08 * budget))  # fmt: skip
     e.text(0.02, 0.97, "\u25b3 = still on the plateau at the end", transform=e.transAxes, va="top", fontsize=8)
 
@@ -271,7 +271,16 @@ def main() -> None:
         out = Path(args.out)
         probes.prepare_out(out)
         if not args.replot:
-            train(args, out)
+            metrics = probes.train_programs(args, runs_of(args), train)
+            if metrics is None:  # torchrun: the first process writes
+                return
+            metrics |= relation(metrics)
+            probes.save_json(out / "metrics.json", metrics)
+            probes.report(metrics)
+            found = metrics["weights_score_change_against_plateau_length"]
+            print(
+                f"rank correlation of weights score change and plateau length, lr {metrics['best_lr']:g}: {found['rho']}, n = {found['n']}"
+            )
         plot(probes.read_metrics(out), out / "figure.png")
     except UsageError as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)

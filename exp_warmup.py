@@ -47,6 +47,7 @@ def arguments() -> argparse.Namespace:
     run.add_argument("--scale", choices=SCALES, default="laptop", help="which set of defaults (any flag overrides)")
     run.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of training; measures are always fp32")
     run.add_argument("--no-compile", action="store_true", help="train without torch.compile")
+    run.add_argument("--runs-per-program", type=int, default=0, help="split what does not fit in memory; 0 = all runs in one program")
     exp = parser.add_argument_group("experiment")
     exp.add_argument("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, one or several; inf = always fresh")
     exp.add_argument("--warmup-difficulty", type=parse_difficulty, default=1.0, help="mappings in play before the switch (default 1)")
@@ -81,12 +82,14 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def train(args: argparse.Namespace, out: Path) -> None:
+def runs_of(args: argparse.Namespace) -> list[dict]:
+    return [dict(**arm, difficulty=m, lr=lr, seed=s) for m in args.difficulty for arm in arms(args) for lr in args.lr
+            for s in range(args.seeds)]  # fmt: skip
+
+
+def train(args: argparse.Namespace, runs: list[dict], checkpoint: str) -> dict:
     device, args.precision = pick_device(args.device, args.precision)
     world = shapes(args.factors, args.ask, args.embedding, args.code_width, args.code_gain, device)
-    runs = [
-        dict(**arm, difficulty=m, lr=lr, seed=s) for m in args.difficulty for arm in arms(args) for lr in args.lr for s in range(args.seeds)
-    ]
     column = lambda key: [run[key] for run in runs]
     seed, target = torch.tensor(column("seed"), device=device), mappings(column("difficulty"), device)
     switch, easy = torch.tensor(column("switch"), device=device), mappings([args.warmup_difficulty], device)
@@ -94,7 +97,7 @@ def train(args: argparse.Namespace, out: Path) -> None:
                        n_head=args.n_head, d_model=args.d_model), column("seed")).to(device)  # fmt: skip
     optimizer = Adam(model, column("lr"))
     initial = {name: p.detach().clone() for name, p in model.named_parameters()}
-    record = probes.Record(args, runs, world, model, optimizer)
+    record = probes.Record(args, runs, world, model, optimizer, checkpoint)
     if not args.no_compile:
         compile_blocks(model)
 
@@ -112,8 +115,7 @@ def train(args: argparse.Namespace, out: Path) -> None:
     metrics = record.metrics(device)
     for run in metrics["runs"]:
         run["plateau_after_switch"] = None if run["censored"] else max(0, run["plateau_length"] - run["switch"])
-    probes.save_json(out / "metrics.json", metrics)
-    probes.report(metrics)
+    return metrics
 
 
 def arms(args: argparse.Namespace) -> list[dict]:
@@ -162,7 +164,11 @@ def main() -> None:
         out = Path(args.out)
         probes.prepare_out(out)
         if not args.replot:
-            train(args, out)
+            metrics = probes.train_programs(args, runs_of(args), train)
+            if metrics is None:  # torchrun: the first process writes
+                return
+            probes.save_json(out / "metrics.json", metrics)
+            probes.report(metrics)
         plot(probes.read_metrics(out), out / "figure.png")
     except UsageError as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)

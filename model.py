@@ -6,13 +6,19 @@ Axis letters, here and in every file: r run, b batch, n pair, t token, d dim, h 
 
 Architecture and initialisation are GPT-2's (pre-norm, learned positions, tanh GELU, N(0, 0.02), residual projections
 N(0, 0.02 / sqrt(2 n_layer))). x and y share one linear read-in, as in the paper's code; predictions are read at x only.
+
+    python model.py --runs 1 4 8 20 32       how fast does this machine train R runs in one program?
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import shutil
+import statistics
+import sys
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -20,6 +26,9 @@ import torch
 from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from tasks import UsageError
 
@@ -233,6 +242,8 @@ def pick_device(device: str, precision: str) -> tuple[torch.device, str]:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: a GPU for each process
     try:
         device = torch.device(device)
         torch.zeros(1, device=device)
@@ -259,3 +270,110 @@ def compile_blocks(model: GPT) -> None:
             block.compile()
     else:
         print("no C++ compiler found: training without torch.compile, about 1.3 times slower")
+
+
+# ---------------------------------------------------------------------------------------------- how fast
+
+SIZES = {  # of a training step: the experiments' laptop and paper scale
+    "laptop": dict(d_x=32, d_y=4, n_pair=12, n_layer=3, n_head=2, d_model=64, batch=48),
+    "paper": dict(d_x=768, d_y=15, n_pair=40, n_layer=12, n_head=4, d_model=128, batch=128),
+}
+
+
+class ByteCounter(TorchDispatchMode):
+    """Bytes in and out of every operation that is not a view: what an unfused step moves."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.total += sum(t.numel() * t.element_size() for t in tree_leaves((args, kwargs, out)) if torch.is_tensor(t))
+        return out
+
+
+def seconds(f, device: torch.device, repeats: int = 5, inner: int = 1) -> float:
+    """Median over repeats of the time of one call, after one that does not count."""
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        for _ in range(inner):
+            f()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append((time.perf_counter() - began) / inner)
+    return statistics.median(times[1:])
+
+
+def peak_of_process() -> float:
+    """Largest memory of this process so far in bytes, where the system tells."""
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def benchmark() -> None:
+    parser = argparse.ArgumentParser(description="Time training steps of R runs in one program, beside a copy and a matrix product.")
+    parser.add_argument("--runs", type=int, nargs="+", default=[1, 4, 8], help="numbers of runs R (default 1 4 8)")
+    parser.add_argument("--scale", choices=SIZES, default="laptop", help="size of the model and the batch (default laptop)")
+    parser.add_argument("--steps", type=int, default=5, help="steps in each of five blocks (default 5)")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    parser.add_argument("--no-compile", action="store_true", help="train without torch.compile")
+    args = parser.parse_args()
+    if min(args.runs) < 1 or args.steps < 1:
+        parser.error("--runs and --steps must be at least 1")
+    try:
+        device, precision = pick_device(args.device, args.precision)
+    except UsageError as error:
+        parser.error(str(error))
+    size = dict(SIZES[args.scale])
+    batch, pairs = size.pop("batch"), size["n_pair"]
+    big = 2**28 if device.type == "cuda" else 2**25
+    a, b = torch.ones(big, device=device), torch.ones(big, device=device)
+    copy = 8 * big / seconds(lambda a=a, b=b: a.copy_(b), device)
+    n = 8192 if device.type == "cuda" else 2048
+    square = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    product = 2 * n**3 / seconds(lambda square=square: square @ square, device)
+    del a, b, square
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}, {precision}, {args.scale}: {size}, batch {batch}; medians of 5 blocks of {args.steps} steps")
+    print(f"copy {copy / 1e9:.0f} GB/s, {n} x {n} matrix product {product / 1e12:.3f} TFLOP/s; bytes are those of an unfused step")
+    print("    R  ms/step  ms/run-step   tokens/s     GB/s  of copy  TFLOP/s  of product  compile s  peak GB")
+    for runs in args.runs:
+        model = GPT(Config(**size), list(range(runs))).to(device)
+        optimizer = Adam(model, 1e-4)
+        x = torch.randn(runs, batch, pairs, size["d_x"], device=device)
+        label = torch.randint(size["d_y"], (runs, batch, pairs), device=device)
+        y = F.one_hot(label, size["d_y"]).float()
+
+        def step():
+            with autocast(device, precision):
+                logits = model(x, y)
+            loss = F.cross_entropy(logits.float().flatten(0, 2), label.flatten(), reduction="none").view(runs, -1).mean(1)
+            loss.sum().backward()
+            optimizer.step()
+
+        with FlopCounterMode(display=False) as flops:
+            step()
+        with ByteCounter() as moved:
+            step()
+        if not args.no_compile:
+            compile_blocks(model)
+        began = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        compiling = time.perf_counter() - began
+        t = seconds(step, device, inner=args.steps)
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_of_process()
+        print(f"{runs:5d} {1e3 * t:8.1f} {1e3 * t / runs:12.2f} {runs * batch * 2 * pairs / t:10,.0f} {moved.total / t / 1e9:8.1f} "
+              f"{moved.total / t / copy:8.2f} {flops.get_total_flops() / t / 1e12:8.3f} {flops.get_total_flops() / t / product:11.2f} "
+              f"{compiling:10.1f} {peak / 1e9:8.2f}", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    benchmark()

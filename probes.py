@@ -22,18 +22,22 @@ import statistics
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.distributed as dist
 from einops import rearrange
 from torch.nn import functional as F
 
 from tasks import HELD_OUT, UsageError, mappings
 
 matplotlib.use("Agg")  # figures go to files
+
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 
 BEGAN = time.perf_counter()  # of the command, for --max-minutes
 PROBE_STEPS, PROBE_BATCH, PROBE_RATE = 782, 128, 1e-3  # steps and rate of the paper; a small world is passed over many times
@@ -224,6 +228,7 @@ class Record:
     def __init__(self, args, runs: list[dict], world, model, optimizer, checkpoint: str = "checkpoint.pt", sequences: int = 64):
         self.args, self.runs, self.world, self.model, self.optimizer, self.budget = args, runs, world, model, optimizer, args.steps
         self.settings = {"script": Path(sys.argv[0]).name}
+        self.settings["processes"] = PROCESSES
         self.settings |= {key: jsonable(value) for key, value in vars(args).items() if key not in self.may_change}
         self.due = sorted({round(i * args.steps / args.evaluations) for i in range(args.evaluations + 1)})
         self.due_probes = set(self.due[:: max(1, args.evaluations // args.probes)]) | {args.steps}
@@ -252,7 +257,8 @@ class Record:
     def training_steps(self):
         """The steps to train, one by one. In between: measure, print, save a checkpoint every minute, stop at the time limit."""
         first = self.load_checkpoint(self.path) if self.args.resume else 0
-        print(f"{len(self.runs)} runs x {self.budget} steps: {self.settings}", flush=True)
+        if not RANK:
+            print(f"{len(self.runs)} runs x {self.budget} steps: {self.settings}", flush=True)
         began = saved = time.perf_counter()
         before = self.seconds["total"]
         for step in range(first, self.budget + 1):
@@ -260,7 +266,9 @@ class Record:
                 self.measure(step)
                 now = time.perf_counter()
                 self.seconds["total"] = before + now - began
-                print(self.line(first, now - began), flush=True)
+                line = self.line(first, now - began)
+                if not RANK:
+                    print(line, flush=True)
                 stop = step == self.budget or (step > first and now - BEGAN > 60 * self.args.max_minutes)
                 if stop or now - saved > 60:
                     self.save_checkpoint(self.path, step)
@@ -320,7 +328,9 @@ class Record:
             state = torch.load(path, map_location=self.held_out.x.device, weights_only=True)
             then = state["settings"]
         except FileNotFoundError:
-            raise UsageError(f"--resume: no checkpoint at {path}; leave --resume out to start afresh") from None
+            raise UsageError(
+                f"--resume: no checkpoint at {path}; use the same flags and processes, or leave --resume out to start afresh"
+            ) from None
         except Exception:
             raise UsageError(f"--resume: {path} is not a checkpoint of this script; remove it and start afresh") from None
         other = [key for key in self.settings | then if self.settings.get(key) != then.get(key)]
@@ -373,12 +383,7 @@ class Record:
         return out
 
     def metrics(self, device: torch.device) -> dict:
-        """The content of metrics.json; its keys are the same in every script."""
-        levels = {}
-        for run, level in zip(self.runs, self.references):
-            levels.setdefault(f"{run['difficulty']:.0f}", []).append(level)
-        mean = lambda group: {key: np.mean([level[key] for level in group], 0).round(6).tolist() for key in group[0]}
-        runs = self.finished_runs()
+        """What one program has to say; train_programs makes metrics.json of it."""
         return {
             "script": Path(sys.argv[0]).name,
             "args": {key: jsonable(value) for key, value in vars(self.args).items()},
@@ -388,10 +393,53 @@ class Record:
             "headline_block": self.block,
             "raw_embedding_score": number(self.prober.raw_score),
             "chance_weights_score": number(self.prober.chance),
-            "reference": {key: mean(group) for key, group in levels.items()},
-            "runs": runs,
-            "summary": summarise(runs),
+            "levels": self.references,
+            "runs": self.finished_runs(),
         }
+
+
+def train_programs(args, runs: list[dict], train) -> dict | None:
+    """The content of metrics.json; its keys are the same in every script. None on all processes of torchrun but the first.
+
+    Runs are dealt out to the processes, and cut into programs of one size and at most --runs-per-program runs (0: all).
+    train(args, runs, checkpoint name) trains one program and returns Record.metrics. Processes meet only at the end.
+    """
+    mine = list(enumerate(runs))[RANK::PROCESSES]
+    programs = []
+    for _, group in itertools.groupby(mine, lambda pair: pair[1].get("size")):
+        group = list(group)
+        programs += [
+            group[i : i + (args.runs_per_program or len(group))] for i in range(0, len(group), args.runs_per_program or len(group))
+        ]
+    parts = []
+    for k, program in enumerate(programs):
+        name = "checkpoint.pt" if PROCESSES == len(programs) == 1 else f"checkpoint-{RANK}-{k}.pt"
+        resume = args.resume and (k == 0 or (Path(args.out) / name).exists())  # stopped before this one: start it
+        if len(programs) > 1 and not RANK:
+            print(f"program {k + 1} of {len(programs)}", flush=True)
+        part = train(type(args)(**vars(args) | {"resume": resume}), [run for _, run in program], name)
+        parts.append(part | {"numbers": [i for i, _ in program]})
+        if not part["finished"]:
+            break
+    if PROCESSES > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=30))  # the first to finish waits for the last
+        everyone = [None] * PROCESSES
+        dist.gather_object(parts, None if RANK else everyone)
+        dist.destroy_process_group()
+        if RANK:
+            return None
+        parts = sum(everyone, [])
+    ordered = sorted((i, run, level) for part in parts for i, run, level in zip(part["numbers"], part["runs"], part["levels"]))
+    levels: dict[str, list] = {}
+    for _, run, level in ordered:
+        levels.setdefault(str(run["difficulty"]), []).append(level)
+    mean = lambda group: {key: np.mean([level[key] for level in group], 0).round(6).tolist() for key in group[0]}
+    metrics = parts[0] | {"finished": len(ordered) == len(runs) and all(part["finished"] for part in parts)}
+    metrics["environment"] |= {key: round(sum(part["environment"][key] for part in parts), 1) for key in ("seconds", "probing_seconds")}
+    metrics["reference"] = {key: mean(group) for key, group in levels.items()}
+    metrics["runs"] = [run for _, run, _ in ordered]
+    metrics["summary"] = summarise(metrics["runs"])
+    return {key: value for key, value in metrics.items() if key not in ("levels", "numbers")}
 
 
 def jsonable(value):
@@ -591,7 +639,7 @@ def prepare_out(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_aside(out / "writable", lambda aside: aside.touch())
-        (out / "writable").unlink()
+        (out / "writable").unlink(missing_ok=True)  # another process of torchrun may have been quicker
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
 
@@ -636,6 +684,8 @@ def check(args) -> None:
             raise UsageError(f"{flag} {value}: must be a positive number")
         if key == "d_model" and any(v % args.n_head for v in values):
             raise UsageError(f"--n-head {args.n_head}: must divide --d-model {value}")
+    if args.runs_per_program < 0:
+        raise UsageError(f"--runs-per-program {args.runs_per_program}: must be at least 1, or 0 for all")
     if getattr(args, "task", None) == "linear":
         if max(args.difficulty) > 256:
             raise UsageError(

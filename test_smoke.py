@@ -179,6 +179,18 @@ def test_bf16_training_keeps_the_residual_stream_and_gradients_in_fp32():
     torch.testing.assert_close(logits.float(), model(x, y), atol=3e-2, rtol=3e-2)
 
 
+def test_the_benchmark_counts_the_work_of_a_step():
+    done = run("model.py --runs 1 3 --steps 1 --no-compile --device cpu --precision fp32")
+    one, three = ([float(v.replace(",", "")) for v in line.split()] for line in done.stdout.strip().splitlines()[-2:])
+    assert one[0] == 1 and three[0] == 3 and min(one[:8]) > 0
+    # flops of a step, from time and rate: 6 per weight and token forward and backward, attention apart
+    tokens, d, layers = 48 * 24, 64, 3
+    weights = tokens * 12 * d * d * layers + tokens / 2 * ((32 + 4) * d + 4 * d)
+    attention = layers * 2 * 48 * 24 * 24 * d
+    assert one[1] * one[6] * 1e9 == pytest.approx(6 * (weights + attention), rel=0.1)
+    assert "error" in run("model.py --runs 0", expect=2).stderr and "--device" in run("model.py --device cuda:99", expect=2).stderr
+
+
 # ---------------------------------------------------------------------------------------------- tasks.py
 
 
@@ -690,6 +702,19 @@ def test_exp_plateau_end_to_end_and_resume_equals_unbroken(tmp_path):
     assert "--replot" in run(f"exp_warmup.py --replot --out {tmp_path}/b", expect=2).stderr
 
 
+def test_splitting_the_runs_over_programs_or_processes_changes_nothing(tmp_path):
+    flags = f"exp_plateau.py {SMALL} --difficulty 2 inf"
+    run(f"{flags} --out {tmp_path}/one")
+    run(f"{flags} --out {tmp_path}/split --runs-per-program 3")
+    assert science(tmp_path / "split") == science(tmp_path / "one")
+    done = run(f"-m torch.distributed.run --nproc_per_node=2 {flags} --out {tmp_path}/two")
+    assert science(tmp_path / "two") == science(tmp_path / "one") and done.stdout.count("12 100% |") == 1
+    # one process finds no checkpoint: the job ends, says why, and the other's checkpoint stays
+    (tmp_path / "two" / "checkpoint-1-0.pt").unlink()
+    broken = run(f"-m torch.distributed.run --nproc_per_node=2 {flags} --out {tmp_path}/two --resume", expect=1)
+    assert "--resume: no checkpoint at" in broken.stderr and (tmp_path / "two" / "checkpoint-0-0.pt").exists()
+
+
 def test_a_run_that_diverges_is_null_and_spares_the_others(tmp_path):
     done = run(f"exp_plateau.py {SMALL} --difficulty inf --lr 1e-3 1e30 --out {tmp_path}/both")
     assert "warning: non-finite loss" in done.stdout
@@ -749,7 +774,7 @@ def test_arms_that_do_nothing_are_the_baseline_bit_for_bit(tmp_path):
     run(f"exp_plateau.py {SMALL} --difficulty 1 inf --out {tmp_path}/plain")
     easy, hard = weights_of(tmp_path / "plain")["read_out.weight"].split(2)
     run(f"exp_mixture.py {SMALL} --difficulty inf --fraction 0 0.5 1 --mix easy unrelated --out {tmp_path}/mixture")
-    mixture = weights_of(tmp_path / "mixture", "checkpoint-2x16.pt")["read_out.weight"].split(2)
+    mixture = weights_of(tmp_path / "mixture", "checkpoint.pt")["read_out.weight"].split(2)
     names = [row["arm"] for row in science(tmp_path / "mixture")["summary"]]
     assert names == ["baseline", "50% easy", "100% easy", "50% unrelated", "100% unrelated"]
     assert torch.equal(mixture[0], hard) and torch.equal(mixture[2], easy)
@@ -773,7 +798,7 @@ def test_several_sizes_make_several_programs(tmp_path):
     whole = science(tmp_path)
     assert len(whole["runs"]) == 8 and {row["size"] for row in whole["summary"]} == {"8 x 16", "1 x 16"}
     (tmp_path / "metrics.json").unlink()
-    (tmp_path / "checkpoint-1x16.pt").unlink()
+    (tmp_path / "checkpoint-0-1.pt").unlink()
     run(f"{flags} --resume")
     assert science(tmp_path) == whole
     run(f"{flags} --max-minutes 0")  # stops in the first size, and draws what there is
