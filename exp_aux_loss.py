@@ -33,15 +33,17 @@ LOSSES = dict(
 )  # default weight; None: --weight
 
 SCALES = {  # defaults only: any flag overrides them
-    ("shapes", "laptop"): dict(embedding="code", difficulty=[math.inf], lr=[5e-4],
+    ("shapes", "laptop"): dict(loss=["none", "weights", "context", "shuffled", "norm"], embedding="code",
+                               difficulty=[math.inf], lr=[5e-4],
                    factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5, sequences=0, steps=2000, batch=48, pairs=12,
                    n_layer=3, n_head=2, d_model=64, evaluations=80, probes=5),
-    ("shapes", "paper"): dict(embedding="code", difficulty=[20000], lr=[1e-4],
+    ("shapes", "paper"): dict(loss=["none", "weights", "context", "shuffled", "norm"], embedding="code",
+                               difficulty=[20000], lr=[1e-4],
                   factors=SIZES, ask=FACTORS, code_width=768, code_gain=2.5, sequences=100_000, steps=46860, batch=128, pairs=40,
                   n_layer=12, n_head=4, d_model=128, evaluations=240, probes=30),
-    ("linear", "laptop"): dict(difficulty=[2, 4, 8], noise=0.0, lr=[1e-3], sequences=0, steps=2500, batch=64,
-                               n_layer=3, n_head=2, d_model=32, evaluations=100, probes=5),
-    ("linear", "paper"): dict(difficulty=[5, 10, 20, 30, 40, 50], noise=0.0, lr=[1e-4], sequences=0, steps=200_000, batch=64,
+    ("linear", "laptop"): dict(difficulty=[2, 4, 6], loss=["none", "weights", "norm"], noise=0.0, lr=[1e-3], sequences=0, steps=2000, batch=32,
+                               n_layer=3, n_head=2, d_model=32, evaluations=80, probes=5),
+    ("linear", "paper"): dict(difficulty=[5, 10, 20, 30, 40, 50], loss=["none", "weights", "norm"], noise=0.0, lr=[1e-4], sequences=0, steps=200_000, batch=64,
                               n_layer=12, n_head=4, d_model=128, evaluations=400, probes=20),
 }  # fmt: skip
 
@@ -65,7 +67,7 @@ def arguments() -> argparse.Namespace:
     exp.add_argument("--task", choices=("shapes", "linear"), default="shapes", help="images with factors, or linear regression")
     exp.add_argument("--difficulty", type=parse_difficulty, nargs="+",
                      help="shapes: mappings in play, inf = always fresh; linear: dimension d; one or several")  # fmt: skip
-    exp.add_argument("--loss", type=parse_arm, nargs="+", default=["none", "weights", "context", "shuffled", "norm"],
+    exp.add_argument("--loss", type=parse_arm, nargs="+",
                      help=f"arms: {', '.join(LOSSES)}; weights:0.3 sets a weight, weights+norm adds losses up")  # fmt: skip
     exp.add_argument(
         "--weight", type=float, nargs="+", default=[0.1], help="weights of the weights, context and shuffled losses (default 0.1)"
@@ -172,6 +174,7 @@ def train(args: argparse.Namespace, runs: list[dict], checkpoint: str) -> dict:
 
 def plot(metrics: dict, path: Path) -> None:
     figure, f, colours, best = probes.draw_arms(metrics, "Extra losses")
+    linear = metrics["args"].get("task") == "linear"
     for run in metrics["runs"]:
         base = next(
             (r for r in metrics["runs"] if r["arm"] == "baseline" and all(r[k] == run[k] for k in ("seed", "lr", "difficulty"))), None
@@ -184,7 +187,8 @@ def plot(metrics: dict, path: Path) -> None:
     f.axvline(0, color="black", ls="--", lw=1)
     f.set(
         title="(f) Gain against the baseline's dysfunction",
-        xlabel="baseline's weights score, end minus start" + " (error: right is worse)" * (metrics["args"].get("task") == "linear"),
+        xlabel="baseline's weights score, end minus start" + " (an error)" * linear,
+        xscale="log" if linear else "linear",
         ylabel="steps saved (same seed and rate)",
     )
     probes.save_figure(path, figure)

@@ -28,8 +28,8 @@ SCALES = {  # defaults only: any flag overrides them
     ("shapes", "paper"): dict(embedding="code", difficulty=[1, 10, 100, 1000, 5000, 20000, math.inf], lr=[1e-4],
                   factors=SIZES, ask=FACTORS, code_width=768, code_gain=2.5, sequences=100_000, steps=46860, batch=128, pairs=40,
                   n_layer=12, n_head=4, d_model=128, evaluations=240, probes=30),
-    ("linear", "laptop"): dict(difficulty=[2, 4, 8], noise=0.0, lr=[1e-3], sequences=0, steps=2500, batch=64,
-                               n_layer=3, n_head=2, d_model=32, evaluations=100, probes=5),
+    ("linear", "laptop"): dict(difficulty=[1, 2, 4, 6], noise=0.0, lr=[1e-3], sequences=0, steps=2000, batch=32,
+                               n_layer=3, n_head=2, d_model=32, evaluations=80, probes=5),
     ("linear", "paper"): dict(difficulty=[5, 10, 20, 30, 40, 50], noise=0.0, lr=[1e-4], sequences=0, steps=200_000, batch=64,
                               n_layer=12, n_head=4, d_model=128, evaluations=400, probes=20),
 }  # fmt: skip
