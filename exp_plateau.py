@@ -22,16 +22,16 @@ from model import GPT, Adam, Config, autocast, compile_blocks, pick_device
 from tasks import FACTORS, SIZES, Regression, UsageError, image, mappings, parse_difficulty, render, sequence_numbers, shapes
 
 SCALES = {  # defaults only: any flag overrides them
-    ("shapes", "laptop"): dict(embedding="code", difficulty=[1, 8, 64, math.inf], lr=[2e-3],
-                   factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5, sequences=0, steps=2500, batch=48, pairs=12,
-                   n_layer=3, n_head=2, d_model=64, evaluations=100, probes=10),
-    ("shapes", "paper"): dict(embedding="code", difficulty=[1, 10, 100, 1000, 5000, 20000, math.inf], lr=[1e-4],
-                  factors=SIZES, ask=FACTORS, code_width=768, code_gain=2.5, sequences=100_000, steps=46860, batch=128, pairs=40,
-                  n_layer=12, n_head=4, d_model=128, evaluations=240, probes=30),
-    ("linear", "laptop"): dict(difficulty=[1, 2, 4, 6], noise=0.0, lr=[1e-3], sequences=0, steps=2000, batch=32,
-                               n_layer=3, n_head=2, d_model=32, evaluations=80, probes=5),
-    ("linear", "paper"): dict(difficulty=[5, 10, 20, 30, 40, 50], noise=0.0, lr=[1e-4], sequences=0, steps=200_000, batch=64,
-                              n_layer=12, n_head=4, d_model=128, evaluations=400, probes=20),
+    ("shapes", "laptop"): dict(difficulty=[1, 8, 64, math.inf], lr=[2e-3], embedding="code",
+                               factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5, sequences=0, steps=2500, batch=48,
+                               pairs=12, n_layer=3, n_head=2, d_model=64, evaluations=100, probes=10),
+    ("shapes", "paper"): dict(difficulty=[1, 10, 100, 1000, 5000, 20000, math.inf], lr=[1e-4], embedding="code",
+                              factors=SIZES, ask=FACTORS, code_width=768, code_gain=2.5, sequences=100_000, steps=46860, batch=128,
+                              pairs=40, n_layer=12, n_head=4, d_model=128, evaluations=240, probes=30),
+    ("linear", "laptop"): dict(difficulty=[1, 2, 4, 6], lr=[1e-3], noise=0.0, sequences=0, steps=2000,
+                               batch=32, n_layer=3, n_head=2, d_model=32, evaluations=80, probes=5),
+    ("linear", "paper"): dict(difficulty=[5, 10, 20, 30, 40, 50], lr=[1e-4], noise=0.0, sequences=0, steps=200_000,
+                              batch=64, n_layer=12, n_head=4, d_model=128, evaluations=400, probes=20),
 }  # fmt: skip
 
 
