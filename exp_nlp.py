@@ -36,9 +36,9 @@ ARMS = ("baseline", "warmup", "mixture", "weights", "context", "norm")
 PAD, UNKNOWN, STOP, FIRST = range(4)  # every text ends in STOP, where its label is predicted; words are numbered from FIRST
 
 SCALES = {  # defaults only: any flag overrides them
-    "laptop": dict(difficulty=[math.inf], lr=[2e-3], steps=2000, batch=32, pairs=8, switch=500, words=11, vocabulary=1000,
-                   n_layer=2, n_head=2, d_model=32, evaluations=100, probes=5),
-    "paper": dict(difficulty=[20000], lr=[1e-4], steps=46860, batch=128, pairs=20, switch=3905, words=32, vocabulary=8000,
+    "laptop": dict(difficulty=[8], lr=[2e-3], weight=1.0, switch=400, words=11, vocabulary=1000, steps=1000, batch=24, pairs=6,
+                   n_layer=3, n_head=2, d_model=32, evaluations=100, probes=5),
+    "paper": dict(difficulty=[20000], lr=[1e-4], weight=0.1, switch=3905, words=32, vocabulary=8000, steps=46860, batch=128, pairs=20,
                   n_layer=12, n_head=4, d_model=128, evaluations=240, probes=30),
 }  # fmt: skip
 
@@ -63,13 +63,13 @@ def arguments() -> argparse.Namespace:
     exp.add_argument("--arm", choices=ARMS, nargs="+", help="strategies to compare (default: all; word selection has no mapping to ease)")
     exp.add_argument("--switch", type=int, help="warmup: steps on one mapping")
     exp.add_argument("--fraction", type=float, default=0.5, help="mixture: part of every batch on one mapping (default 0.5)")
-    exp.add_argument("--weight", type=float, default=0.1, help="of the weights and context losses (default 0.1)")
+    exp.add_argument("--weight", type=float, help="of the weights and context losses")
     exp.add_argument("--norm-weight", type=float, default=0.01, help="of the norm loss (default 0.01)")
     exp.add_argument("--lr", type=float, nargs="+", help="Adam's learning rate, one or several")
     exp.add_argument("--text", choices=("grammar", "wordselect"), default="grammar", help="made here (default grammar)")
     exp.add_argument("--conllu", nargs="+", help="treebank files instead; attributes from the annotation")
     exp.add_argument("--tsv", help="tab-separated file instead, with a header; column text, every other column an attribute")
-    exp.add_argument("--ask", nargs="+", help="attributes that may be asked (grammar: subject object tense; otherwise all)")
+    exp.add_argument("--ask", nargs="+", help="attributes that may be asked (grammar: subject tense sentiment; otherwise all)")
     exp.add_argument("--words", type=int, help="texts are cut after this many words")
     exp.add_argument("--vocabulary", type=int, help="commonest words of the training part that are kept")
     exp.add_argument("--steps", type=int, help="training steps, the budget")
@@ -385,7 +385,7 @@ def texts(args: argparse.Namespace, device, least: float = 0.04, enough: float =
             print(f"  {name}: left out, " + (f"balanced with the others only {left:.0%} of the texts would count" if left else "one value"))
     if not kept:
         raise UsageError(f"{flag}: no attribute has two values of at least {least:.0%} of the texts each")
-    ask = args.ask or (["subject", "object", "tense"] if flag == "--text" else list(kept))
+    ask = args.ask or (["subject", "tense", "sentiment"] if flag == "--text" else list(kept))
     values = np.stack(list(kept.values()), 1)
     good = (values >= 0).all(1)
     values, words = values[good], [text[: args.words] for text, fine in zip(words, good) if fine]
@@ -448,7 +448,7 @@ def bag_of_words(world: Items) -> dict[str, float]:
 
 
 def plot(metrics: dict, path: Path) -> None:
-    figure, f, colours, best = probes.draw_arms(metrics, "Text" if len(metrics["bag_of_words"]) else "Word selection")
+    figure, f, colours, best = probes.draw_arms(metrics, "Text")
     last = metrics["runs"][-1]
     block, names, place = last["headline_block"], list(metrics["attributes"]), np.arange(len(metrics["attributes"]))
     for i, (arm, colour) in enumerate(colours.items()):
