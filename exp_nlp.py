@@ -93,7 +93,7 @@ def arguments() -> argparse.Namespace:
         raise UsageError("--tsv: give either --conllu or --tsv")
     if select and (args.difficulty != [1] or set(args.arm) & {"warmup", "mixture"}):
         raise UsageError("--text wordselect: has no mappings; leave out --difficulty and the arms (--arm) warmup and mixture")
-    if not 0 <= args.switch < args.steps:
+    if "warmup" in args.arm and not 0 <= args.switch < args.steps:
         raise UsageError(f"--switch {args.switch}: must lie inside the budget, 0 .. {args.steps - 1} (--steps)")
     if not (0 <= args.fraction <= 1 and args.fraction * args.batch == round(args.fraction * args.batch)):
         raise UsageError(
@@ -118,10 +118,8 @@ def train(args: argparse.Namespace, runs: list[dict], checkpoint: str) -> dict:
     column = lambda key: [run[key] for run in runs]
     only = lambda arm, value: torch.tensor([value if run["arm"] == arm else 0 for run in runs], device=device)
     seed, target, easy = torch.tensor(column("seed"), device=device), mappings(column("difficulty"), device), mappings([1], device)
-    switch, mixed = (
-        only("warmup", args.switch),
-        torch.arange(args.batch, device=device) < only("mixture", args.fraction * args.batch)[:, None],
-    )
+    switch, easy_rows = only("warmup", args.switch), only("mixture", round(args.fraction * args.batch))
+    mixed = torch.arange(args.batch, device=device) < easy_rows[:, None]
     weights, context, norm = only("weights", args.weight), only("context", args.weight), only("norm", args.norm_weight)
     model = GPT(Config(**world.inputs, n_pair=args.pairs, n_layer=args.n_layer, n_head=args.n_head, d_model=args.d_model), column("seed"))
     model.extra = Linear(len(runs), args.d_model, world.n_value + world.n_asked)  # read-outs of the extra losses
