@@ -169,7 +169,7 @@ def main() -> None:
         probes.prepare_out(out)
         if not args.replot:
             metrics = probes.train_programs(args, runs_of(args), train)
-            if metrics is None:  # torchrun: the first process writes
+            if metrics is None:  # stopped before the end, or not the first process of torchrun
                 return
             probes.save_json(out / "metrics.json", metrics)
             probes.report(metrics)

@@ -26,7 +26,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from torch.nn import functional as F
 
 import probes
 from model import GPT, Adam, Config, Linear, autocast, compile_blocks, pick_device
@@ -93,9 +92,11 @@ def arguments() -> argparse.Namespace:
         raise UsageError("--tsv: give either --conllu or --tsv")
     if select and (args.difficulty != [1] or set(args.arm) & {"warmup", "mixture"}):
         raise UsageError("--text wordselect: has no mappings; leave out --difficulty and the arms (--arm) warmup and mixture")
+    if select and args.ask:
+        raise UsageError("--ask: --text wordselect always asks for any category; leave it out")
     if "warmup" in args.arm and not 0 <= args.switch < args.steps:
         raise UsageError(f"--switch {args.switch}: must lie inside the budget, 0 .. {args.steps - 1} (--steps)")
-    if not (0 <= args.fraction <= 1 and args.fraction * args.batch == round(args.fraction * args.batch)):
+    if "mixture" in args.arm and not (0 <= args.fraction <= 1 and args.fraction * args.batch == round(args.fraction * args.batch)):
         raise UsageError(
             f"--fraction {args.fraction}: must lie in 0 .. 1 and make a whole number of the {args.batch} sequences of a --batch"
         )
@@ -115,6 +116,7 @@ def runs_of(args: argparse.Namespace) -> list[dict]:
 def train(args: argparse.Namespace, runs: list[dict], checkpoint: str) -> dict:
     device, args.precision = pick_device(args.device, args.precision)
     world = texts(args, device)
+    about = {"attributes": dict(zip([world.names[f] for f in world.varying], world.value_sizes)), "bag_of_words": bag_of_words(world)}
     column = lambda key: [run[key] for run in runs]
     only = lambda arm, value: torch.tensor([value if run["arm"] == arm else 0 for run in runs], device=device)
     seed, target, easy = torch.tensor(column("seed"), device=device), mappings(column("difficulty"), device), mappings([1], device)
@@ -144,8 +146,7 @@ def train(args: argparse.Namespace, runs: list[dict], checkpoint: str) -> dict:
         loss.sum().backward()  # nothing crosses the run axis: the sum's gradient is each run's own
         optimizer.step()
 
-    attributes = dict(zip([world.names[f] for f in world.varying], world.value_sizes))
-    return record.metrics(device) | {"attributes": attributes, "bag_of_words": bag_of_words(world)}
+    return record.metrics(device) | about
 
 
 # ---------------------------------------------------------------------------------------------- a small grammar
@@ -225,28 +226,27 @@ def grammar(count: int = 20_000) -> tuple[list, dict, list]:
 
 def read_lines(path: str, flag: str) -> list[str]:
     try:
-        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+        return Path(path).read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise UsageError(f"{flag} {path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{flag} {path}: is not UTF-8 text (byte {error.start}); convert it first") from None
 
 
-def conllu(paths: list[str]) -> tuple[list, dict, list]:
+def conllu(paths: list[str], cut: int) -> tuple[list, dict, list]:
     """Texts, attributes and documents of CoNLL-U files (universaldependencies.org/format.html).
 
-    Multiword tokens (1-2) and empty nodes (1.1) are passed over. A document starts at `# newdoc`, or every 50 sentences where
-    there is none. An attribute that a sentence does not have is "none".
+    Multiword tokens (1-2) and empty nodes (1.1) are passed over. A document starts at `# newdoc`; where these mark fewer than 20,
+    every 50 sentences are one. An attribute that a sentence does not have is "none". Length is that of the text as it is cut.
     """
     words, attributes, documents = [], {name: [] for name in ("verb", "subject", "genre", "length", "end", "number", "root")}, []
     for path in paths:
-        rows, sentence_id, document, marked, since = [], "", 0, False, 0
+        rows, sentence_id, document = [], "", 0
         for at, line in enumerate([*read_lines(path, "--conllu"), ""], 1):
             if line.startswith("#"):
                 key, _, value = line[1:].partition("=")
                 sentence_id = value.strip() if key.strip() == "sent_id" else sentence_id
-                if key.split()[:1] == ["newdoc"]:
-                    document, marked = document + 1, True
+                document += key.split()[:1] == ["newdoc"]
             elif line.strip():
                 row = line.split("\t")
                 if len(row) != 10:
@@ -257,19 +257,21 @@ def conllu(paths: list[str]) -> tuple[list, dict, list]:
                 for name, value in annotation(rows, sentence_id).items():
                     attributes[name].append(value)
                 words.append([row[1].lower() for row in rows])
-                since += 1
-                documents.append((path, document if marked else since // 50))
-                rows = []
+                documents.append((path, document))
+                rows, sentence_id = [], ""
     if not words:
         raise UsageError(f"--conllu {' '.join(paths)}: no sentence found")
-    short, long = np.quantile([len(text) for text in words], [1 / 3, 2 / 3])
-    attributes["length"] = ["short" if len(text) <= short else "long" if len(text) > long else "middle" for text in words]
+    if len(set(documents)) < 20:
+        documents = [i // 50 for i in range(len(words))]
+    lengths = [min(cut, len(text)) for text in words]
+    short, long = np.quantile(lengths, [1 / 3, 2 / 3])
+    attributes["length"] = ["short" if n <= short else "long" if n > long else "middle" for n in lengths]
     return words, attributes, documents
 
 
 def annotation(rows: list[list[str]], sentence_id: str) -> dict[str, str]:
     """What a sentence's annotation says: part of speech of the root, tense or mood of its finite verb, part of speech and
-    number of its subject, final punctuation, genre (what stands before the first - in sent_id)."""
+    number of its subject, final punctuation, genre (what stands before the first - in sent_id, where treebanks often put it)."""
     root = next((row for row in rows if row[6] == "0"), None)
     if root is None:
         return dict(root="none", verb="none", subject="none", number="none", length="", end="none", genre="none")
@@ -290,15 +292,21 @@ def annotation(rows: list[list[str]], sentence_id: str) -> dict[str, str]:
 
 
 def tsv(path: str) -> tuple[list, dict, list]:
-    """Texts and attributes of a tab-separated file with a header; each different text is a document of its own."""
+    """Texts and attributes of a tab-separated file with a header; each different text is a document of its own.
+
+    No quoting: a tab always separates, a line end always ends. Rows without a text are passed over.
+    """
     lines = read_lines(path, "--tsv")
     header = lines[0].split("\t") if lines else []
     if "text" not in header or len(set(header)) < max(2, len(header)):
         raise UsageError(f"--tsv {path}: the first line must name the columns: text, and one or more attributes, each once")
-    rows = [line.split("\t") for line in lines[1:] if line.strip()]
-    for at, row in enumerate(rows, 2):
-        if len(row) != len(header):
-            raise UsageError(f"--tsv {path}: row {at} has {len(row)} columns, the header has {len(header)}")
+    rows = []
+    for at, line in enumerate(lines[1:], 2):
+        row = line.split("\t")
+        if line.strip() and len(row) != len(header):
+            raise UsageError(f"--tsv {path}: line {at} has {len(row)} columns, the header has {len(header)}")
+        if line.strip() and row[header.index("text")].strip():
+            rows.append(row)
     if not rows:
         raise UsageError(f"--tsv {path}: holds no texts")
     columns = dict(zip(header, zip(*rows)))
@@ -345,82 +353,97 @@ def wordselect(device, count: int = 20_000) -> WordSelect:
     table = np.concatenate([rng.permuted(token, axis=1), np.full((len(token), 1), STOP)], 1)
     to, cut = lambda a: torch.as_tensor(a, device=device), round(0.8 * len(values))
     number = np.arange(len(values))
-    print(f"word selection: {len(values)} texts of {k} words out of {k * size}; categories {', '.join(CATEGORIES)}")
+    if probes.RANK == 0:
+        print(f"word selection: {len(values)} texts of {k} words out of {k * size}; categories {', '.join(CATEGORIES)}")
     return WordSelect(tuple(CATEGORIES), (size,) * k, list(range(k)), to(values), to(table), to(number[:cut]), to(number[cut:]),
                       n_word=FIRST + k * size)  # fmt: skip
 
 
-def texts(args: argparse.Namespace, device, least: float = 0.04, enough: float = 0.2) -> Items:
+def texts(args: argparse.Namespace, device, least: float = 0.04) -> Items:
     """The text world of the flags; prints what was found. Raises UsageError, naming the flag, for what cannot be served.
 
-    A value of less than `least` of the texts counts as "other". A fifth of the documents is held out. Texts are drawn with weights
-    that make the values of every attribute equally frequent, in the training and in the held-out part. An attribute that depends
-    on those before it so much that less than `enough` of the texts would count (effective sample size) is left out.
+    A value of less than `least` of the texts counts as "other". A fifth of the documents is held out, and of those every text that
+    the model cannot tell from a training text is dropped. Texts are drawn with weights that make the values of every attribute
+    equally frequent, in the training and in the held-out part.
     """
     flag = "--conllu" if args.conllu else "--tsv" if args.tsv else "--text"
     if args.text == "wordselect" and flag == "--text":
         return wordselect(device)
-    words, attributes, documents = conllu(args.conllu) if args.conllu else tsv(args.tsv) if args.tsv else grammar()
+    say = print if probes.RANK == 0 else lambda *_: None
+    words, attributes, documents = conllu(args.conllu, args.words) if args.conllu else tsv(args.tsv) if args.tsv else grammar()
     if set(args.ask or ()) - set(attributes):
         raise UsageError(f"--ask {' '.join(args.ask)}: the attributes found are {' '.join(attributes)}")
-    kept = {}
+    words, names = [text[: args.words] for text in words], list(dict.fromkeys(documents))
+    held_out = {names[i] for i in np.random.default_rng(0).permutation(len(names))[: max(1, round(0.2 * len(names)))]}
+    test = np.array([document in held_out for document in documents])
+    common = [word for word, _ in Counter(word for i in np.flatnonzero(~test) for word in words[i]).most_common(args.vocabulary)]
+    index, longest = {word: i for i, word in enumerate(common, FIRST)}, max(map(len, words))
+    table = np.array([[index.get(word, UNKNOWN) for word in text] + [PAD] * (longest - len(text)) + [STOP] for text in words])
+    seen = set(map(tuple, table[~test].tolist()))
+    good = np.array([not out or tuple(row) not in seen for row, out in zip(table.tolist(), test)])
+
+    kept: dict[str, np.ndarray] = {}
     for name in dict.fromkeys([*(args.ask or ()), *attributes]):
-        column = attributes[name]
+        count = Counter(attributes[name])
+        column = [value if count[value] >= least * len(words) else "other" for value in attributes[name]]
         count = Counter(column)
-        column = [value if count[value] >= least * len(column) else "other" for value in column]
-        count = Counter(column)
-        usable = [value for value, k in count.most_common() if k >= least * len(column)]  # too few others: their texts are left out
+        usable = [value for value, k in count.most_common() if k >= least * len(words)]  # too few others: their texts are left out
         number = np.array([usable.index(value) if value in usable else -1 for value in column])
         trial = np.stack([*kept.values(), number], 1)
-        trial = trial[(trial >= 0).all(1)]
-        left = 1 / (balance(trial, flag) ** 2).sum() / len(trial) if len(usable) > 1 else 0.0
-        if left >= enough:
-            kept[name] = number
-            print(f"  {name}: " + ", ".join(f"{value} {count[value] / len(column):.0%}" for value in usable))
+        fine = good & (trial >= 0).all(1)
+        trouble = reason_against(trial[fine], test[fine], list(kept)) if len(usable) > 1 else "one value"
+        if not trouble:
+            kept[name], good = number, fine
+            say(f"  {name}: " + ", ".join(f"{value} {count[value] / len(words):.0%}" for value in usable))
         elif name in (args.ask or ()):
-            raise UsageError(f"--ask {name}: one value only, or too dependent on {' '.join(kept)} to be balanced with it; leave it out")
+            raise UsageError(f"--ask {name}: {trouble}; leave it out")
         else:
-            print(f"  {name}: left out, " + (f"balanced with the others only {left:.0%} of the texts would count" if left else "one value"))
+            say(f"  {name}: left out, {trouble}")
     if not kept:
-        raise UsageError(f"{flag}: no attribute has two values of at least {least:.0%} of the texts each")
+        raise UsageError(f"{flag}: no attribute has two values of at least {least:.0%} of the texts each, in both parts; give more text")
     ask = args.ask or (["subject", "tense", "sentiment"] if flag == "--text" else list(kept))
-    values = np.stack(list(kept.values()), 1)
-    good = (values >= 0).all(1)
-    values, words = values[good], [text[: args.words] for text, fine in zip(words, good) if fine]
-    names = list(dict.fromkeys(document for document, fine in zip(documents, good) if fine))
-    held_out = {names[i] for i in np.random.default_rng(0).permutation(len(names))[: max(1, round(0.2 * len(names)))]}
-    test = np.array([document in held_out for document, fine in zip(documents, good) if fine])
-    seen = {tuple(text) for text, out in zip(words, test) if not out}
-    test_items = np.array([i for i in np.flatnonzero(test) if tuple(words[i]) not in seen], int)  # no sentence in both parts
-    train_items = np.flatnonzero(~test)
-    if min(len(train_items), len(test_items)) < 4 * args.pairs:
-        raise UsageError(f"{flag}: {len(train_items)} training and {len(test_items)} held-out texts are too few for --pairs {args.pairs}")
-    common = [word for word, _ in Counter(word for i in train_items for word in words[i]).most_common(args.vocabulary)]
-    index = {word: i for i, word in enumerate(common, FIRST)}
-    longest = max(map(len, words))
-    table = [[index.get(word, UNKNOWN) for word in text] + [PAD] * (longest - len(text)) + [STOP] for text in words]
+    values, table, test = np.stack(list(kept.values()), 1)[good], table[good], test[good]
+    parts = np.flatnonzero(~test), np.flatnonzero(test)
+    if min(map(len, parts)) < 4 * args.pairs:
+        raise UsageError(f"{flag}: {len(parts[0])} training and {len(parts[1])} held-out texts are too few for --pairs {args.pairs}")
     weight = np.zeros(len(values))
-    for part in (train_items, test_items):
-        weight[part] = balance(values[part], flag, values.max(0) + 1)
-    print(f"{len(words)} texts, {len(common)} words, at most {longest} a text; {len(train_items)} for training, {len(test_items)} held out")
+    for part in parts:
+        weight[part] = balance(values[part])
+    say(f"{len(table)} texts, {len(common)} words, at most {longest} a text; {len(parts[0])} for training, {len(parts[1])} held out")
     for i, j in itertools.combinations(range(len(kept)), 2):
         known = mutual_information(values[:, i], values[:, j], weight)
         if known > 0.02:
-            print(f"  mutual information of {list(kept)[i]} and {list(kept)[j]}, balanced: {known:.2f} nats")
+            say(f"  mutual information of {list(kept)[i]} and {list(kept)[j]}, balanced: {known:.2f} nats")
     to, sizes = lambda a: torch.as_tensor(a, device=device), tuple((values.max(0) + 1).tolist())
-    return Items(tuple(kept), sizes, [list(kept).index(name) for name in ask], to(values), to(np.array(table)), to(train_items),
-                 to(test_items), weight=to(weight), n_word=FIRST + len(common))  # fmt: skip
+    return Items(tuple(kept), sizes, [list(kept).index(name) for name in ask], to(values), to(table), to(parts[0]), to(parts[1]),
+                 weight=to(weight), n_word=FIRST + len(common))  # fmt: skip
 
 
-def balance(values: np.ndarray, flag: str, sizes=None, rounds: int = 100) -> np.ndarray:
+def reason_against(values: np.ndarray, test: np.ndarray, names: list[str], enough: float = 0.2) -> str:
+    """Why the last column of values (text, f) cannot join the others; empty if it can.
+
+    It needs all values in both parts; when all attributes are balanced, at least `enough` of the texts must count (effective sample
+    size), and it may not tell more than half of what there is to know about another attribute.
+    """
+    sizes = values.max(0) + 1 if len(values) else [1]
+    if any(len(np.unique(column[part])) < size for part in (test, ~test) for column, size in zip(values.T, sizes)) or not len(values):
+        return "a value is missing in the training or the held-out part"
+    weight = balance(values)
+    left = 1 / (weight**2).sum() / len(values)
+    if left < enough:
+        return f"balanced with the others only {left:.0%} of the texts would count"
+    for name, column, size in zip(names, values.T, sizes):
+        if mutual_information(column, values[:, -1], weight) > 0.5 * math.log(min(size, sizes[-1])):
+            return f"it tells too much about {name}"
+    return ""
+
+
+def balance(values: np.ndarray, rounds: int = 100) -> np.ndarray:
     """Weights (text,), summing to 1, that give the values of every attribute equal shares (iterative proportional fitting)."""
     weight = np.full(len(values), 1 / len(values))
     for _ in range(rounds):
-        for column, size in zip(values.T, values.max(0) + 1 if sizes is None else sizes):
-            share = np.bincount(column, weight, size)
-            if not share.all():
-                raise UsageError(f"{flag}: a value is missing in the training or the held-out part; give more text")
-            weight = weight / (share * size)[column]
+        for column, size in zip(values.T, values.max(0) + 1):
+            weight = weight / (np.bincount(column, weight, size) * size)[column]
     return weight / weight.sum()
 
 
@@ -436,7 +459,8 @@ def bag_of_words(world: Items) -> dict[str, float]:
     """Held-out accuracy of the best linear reader of word counts, per attribute: what needs no order."""
     generator = torch.Generator().manual_seed(0)
     part = [world.draw(count, held_out, generator) for count, held_out in ((8192, False), (2048, True))]
-    count = lambda i: F.one_hot(world.table[i], world.n_word).sum(1)[None].float()
+    count = lambda i: torch.zeros(1, len(i), world.n_word, device=i.device).scatter_add_(2, world.table[i][None], ones(i))
+    ones = lambda i: torch.ones(1, len(i), world.table.shape[1], device=i.device)
     value = lambda i: world.values[i][:, world.varying]
     score = probes.converged_probe(count(part[0]), value(part[0]), count(part[1]), value(part[1]), world.value_sizes)
     return {world.names[f]: round(v, 4) for f, v in zip(world.varying, score[0].tolist())}
@@ -469,7 +493,7 @@ def main() -> None:
         probes.prepare_out(out)
         if not args.replot:
             metrics = probes.train_programs(args, runs_of(args), train)
-            if metrics is None:  # torchrun: the first process writes
+            if metrics is None:  # stopped before the end, or not the first process of torchrun
                 return
             probes.save_json(out / "metrics.json", metrics)
             probes.report(metrics)

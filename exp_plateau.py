@@ -129,7 +129,13 @@ def relation(metrics: dict) -> dict:
     lr = best_rate(metrics)
     points = [(probes.score_change(run), probes.budgeted_length(run)) for run in metrics["runs"]
               if run["lr"] == lr and probes.score_change(run) is not None]  # fmt: skip
-    return {"best_lr": lr, "weights_score_change_against_plateau_length": {"rho": probes.rank_correlation(*zip(*points)), "n": len(points)}}
+    return {
+        "best_lr": lr,
+        "weights_score_change_against_plateau_length": {
+            "rho": probes.rank_correlation(*map(list, zip(*points))) if points else None,
+            "n": len(points),
+        },
+    }
 
 
 # ---------------------------------------------------------------------------------------------- the picture
@@ -272,7 +278,7 @@ def main() -> None:
         probes.prepare_out(out)
         if not args.replot:
             metrics = probes.train_programs(args, runs_of(args), train)
-            if metrics is None:  # torchrun: the first process writes
+            if metrics is None:  # stopped before the end, or not the first process of torchrun
                 return
             metrics |= relation(metrics)
             probes.save_json(out / "metrics.json", metrics)

@@ -158,10 +158,8 @@ class Prober:
             self.sizes, self.asked_sizes = world.value_sizes, [world.n_asked]
             self.asked = [b.asked[..., None] for b in self.batch]
         else:
-            part = [
-                world.sample(seed, m, number(-(-count // n), sequences + first), n).x
-                for count, first in ((items, sequences), (items // 4, 0))
-            ]
+            vectors = lambda count, first: world.sample(seed, m, number(-(-count // n), 2 * sequences + first), n).x
+            part = [vectors(items, items), vectors(items // 4, 0)]
             self.x = self.value = [rearrange(x, "r b n d -> r (b n) d") for x in part]
             self.sizes = self.asked_sizes = None
             self.asked = [b.asked for b in self.batch]
@@ -259,7 +257,10 @@ class Record:
         first = self.load_checkpoint(self.path) if self.args.resume else 0
         if not RANK:
             print(f"{len(self.runs)} runs x {self.budget} steps: {self.settings}", flush=True)
-        began = saved = time.perf_counter()
+        if not self.args.resume and self.path.stem.endswith("-0"):  # what an earlier command left of later programs
+            for old in self.path.parent.glob(f"{self.path.stem[:-1]}*.pt"):
+                old.unlink()
+        began, saved = time.perf_counter(), -math.inf  # a checkpoint at once: whatever dies early can be resumed
         before = self.seconds["total"]
         for step in range(first, self.budget + 1):
             if step in self.due and step not in self.steps:
@@ -391,7 +392,7 @@ class Record:
             "finished": self.steps[-1] == self.budget,
             "weights_score_is": "accuracy, higher is better" if self.world.n_label else "normalised error, lower is better",
             "headline_block": self.block,
-            "raw_embedding_score": number(self.prober.raw_score),
+            "raw_embedding_score": self.prober.raw_score,
             "chance_weights_score": number(self.prober.chance),
             "levels": self.references,
             "runs": self.finished_runs(),
@@ -399,7 +400,9 @@ class Record:
 
 
 def train_programs(args, runs: list[dict], train) -> dict | None:
-    """The content of metrics.json; its keys are the same in every script. None on all processes of torchrun but the first.
+    """The content of metrics.json; its keys are the same in every script.
+
+    None on all processes of torchrun but the first, and where --max-minutes stopped the training: then what there is has been saved.
 
     Runs are dealt out to the processes, and cut into programs of one size and at most --runs-per-program runs (0: all).
     train(args, runs, checkpoint name) trains one program and returns Record.metrics. Processes meet only at the end.
@@ -438,8 +441,15 @@ def train_programs(args, runs: list[dict], train) -> dict | None:
     metrics["environment"] |= {key: round(sum(part["environment"][key] for part in parts), 1) for key in ("seconds", "probing_seconds")}
     metrics["reference"] = {key: mean(group) for key, group in levels.items()}
     metrics["runs"] = [run for _, run, _ in ordered]
-    metrics["summary"] = summarise(metrics["runs"])
-    return {key: value for key, value in metrics.items() if key not in ("levels", "numbers")}
+    scores = [part["raw_embedding_score"] for part in parts for _ in part["runs"]]
+    metrics["raw_embedding_score"] = None if None in scores else number(statistics.mean(scores))
+    metrics["summary"] = summarise(metrics["runs"]) if metrics["finished"] else []
+    metrics = {key: value for key, value in metrics.items() if key not in ("levels", "numbers")}
+    if not metrics["finished"]:
+        save_json(Path(args.out) / "metrics.json", metrics)
+        print("stopped before the end: the same command with --resume goes on, and then draws the figure")
+        return None
+    return metrics
 
 
 def jsonable(value):
@@ -651,6 +661,8 @@ def read_metrics(out: Path) -> dict:
         raise UsageError(f"--replot: no readable metrics.json in {out}; train first, or give its folder with --out") from None
     if metrics.get("script") != Path(sys.argv[0]).name:
         raise UsageError(f"--replot: {out} holds the metrics of {metrics.get('script')}; give another --out")
+    if not metrics.get("finished"):
+        raise UsageError(f"--replot: the training in {out} is not finished; go on with --resume")
     return metrics
 
 

@@ -151,7 +151,7 @@ class Items:
         self.asked_columns = torch.tensor(self.asked, device=device)
         self.asked_sizes = torch.tensor([self.sizes[f] for f in self.asked], device=device)
         self.other = torch.randperm(len(self.values), generator=torch.Generator().manual_seed(0)).to(device)
-        words = dict(n_word=self.n_word, n_token=self.table.shape[1])
+        words = dict(d_x=0, n_word=self.n_word, n_token=self.table.shape[1])
         self.inputs = dict(d_y=self.n_label, **(words if self.n_word else dict(d_x=self.table.shape[1])))  # for model.Config
         self.cumulated = {part: None if self.weight is None else self.weight[part_items].cumsum(0)
                           for part, part_items in ((False, self.train), (True, self.test))}  # fmt: skip
@@ -194,7 +194,7 @@ class Items:
 
     def value_loss(self, logits, values) -> torch.Tensor:
         """Cross-entropy of all varying factors, their mean: logits (r, b, n, n_value), values (r, b, n, f) -> (r, b, n)."""
-        parts = zip(logits.split(self.value_sizes, -1), values[..., self.varying].unbind(-1))
+        parts = zip(logits.split(self.value_sizes, -1), (values[..., f] for f in self.varying))
         return torch.stack([cross_entropy(part, value) for part, value in parts]).mean(0)
 
     def asked_loss(self, logits, batch: Sequences) -> torch.Tensor:
@@ -209,7 +209,8 @@ class Items:
         """Levels for one run: losses in nats, accuracies as fractions; all computed from the world and the run's mappings.
 
         chance, no_context_loss: the best prediction from x alone. label_set_loss: knowing only which labels can occur.
-        bayes_*: the best prediction from x and the pairs before it, on held-out sequences.
+        bayes_*: the best prediction from x and the pairs before it, on held-out sequences. All for a learner that sees the factors
+        of x: where x does not show them fully (texts that are cut), they are bounds.
         """
         device, sizes = self.values.device, [self.sizes[f] for f in self.asked]
         seeds, asked = torch.tensor([seed], device=device), torch.arange(len(sizes), device=device)

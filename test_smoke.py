@@ -594,13 +594,29 @@ CONLLU = """# newdoc id = a
 # newdoc id = b
 # sent_id = blog-1
 1\tLook\tlook\tVERB\tVB\tMood=Imp|VerbForm=Fin\t0\troot\t_\t_
+
 """
+
+
+def made_conllu(path: Path, sentences: int = 600) -> Path:
+    """Sentences of five words with a random tense, subject and genre, two to a document."""
+    rng, text = np.random.default_rng(0), ""
+    for i in range(sentences):
+        tense, subject, genre = rng.choice(["Pres", "Past"]), rng.choice(["PRON", "NOUN"]), rng.choice(["mail", "blog"])
+        noise = rng.choice([f"w{k}" for k in range(30)], 3)
+        text += (
+            f"# newdoc id = {i}\n" * (i % 2 == 0) + f"# sent_id = {genre}-{i}\n1\t{subject}\t_\t{subject}\t_\tNumber=Sing\t2\tnsubj\t_\t_\n"
+        )
+        text += f"2\t{tense}\t_\tVERB\t_\tTense={tense}|VerbForm=Fin\t0\troot\t_\t_\n"
+        text += "".join(f"{3 + k}\t{word}\t_\tX\t_\t_\t2\tdep\t_\t_\n" for k, word in enumerate(noise)) + "\n"
+    path.write_text(text)
+    return path
 
 
 def test_conllu_is_read_as_the_format_says(tmp_path):
     (tmp_path / "a.conllu").write_text(CONLLU)
-    words, attributes, documents = exp_nlp.conllu([str(tmp_path / "a.conllu")])
-    assert words == [["he", "does", "n't", "see", "cats", "."], ["look"]] and len(set(documents)) == 2
+    words, attributes, documents = exp_nlp.conllu([str(tmp_path / "a.conllu")], 5)
+    assert words == [["he", "does", "n't", "see", "cats", "."], ["look"]] and attributes["length"] == ["long", "short"]
     assert {name: column for name, column in attributes.items() if name != "length"} == dict(
         verb=["Pres", "Imp"],
         subject=["PRON", "none"],
@@ -609,8 +625,11 @@ def test_conllu_is_read_as_the_format_says(tmp_path):
         genre=["mail", "blog"],
         root=["VERB"] * 2,
     )
-    (tmp_path / "b.conllu").write_text((CONLLU.split("# newdoc id = b")[1] + "\n") * 120)  # no documents: every 50 sentences
-    assert len(set(exp_nlp.conllu([str(tmp_path / "b.conllu")])[2])) == 3
+    (tmp_path / "b.conllu").write_text(CONLLU.split("# newdoc id = b")[1] * 120)  # no documents: every 50 sentences
+    assert len(set(exp_nlp.conllu([str(tmp_path / "b.conllu")], 5)[2])) == 3
+    (tmp_path / "c.conllu").write_text(CONLLU * 15)
+    documents = exp_nlp.conllu([str(tmp_path / "c.conllu")], 5)[2]
+    assert len(set(documents)) == 30 and documents[0] != documents[1]
 
 
 def made_tsv(path: Path, texts: int = 400) -> Path:
@@ -621,7 +640,7 @@ def made_tsv(path: Path, texts: int = 400) -> Path:
     return path
 
 
-def test_texts_are_split_by_document_and_values_are_balanced(tmp_path, capsys):
+def test_texts_are_split_by_document_and_values_are_balanced(tmp_path, capsys, monkeypatch):
     world = exp_nlp.texts(nlp_args(tsv=str(made_tsv(tmp_path / "t.tsv"))), "cpu")
     assert world.names == ("colour", "size") and "constant: left out, one value" in capsys.readouterr().out
     for part in (world.train, world.test):
@@ -633,19 +652,23 @@ def test_texts_are_split_by_document_and_values_are_balanced(tmp_path, capsys):
     assert (torch.bincount(batch.values[..., 0].flatten(), minlength=3) / 8000 - 1 / 3).abs().max() < 0.03
     assert set(batch.item.flatten().tolist()) <= set(world.train.tolist())
     assert (world.table[:, -1] == exp_nlp.STOP).all() and world.table.max() < world.n_word
+    # a copy of an attribute is left out, and so are held-out texts that the model cannot tell from training texts
+    path = made_tsv(tmp_path / "twice.tsv")
+    rows = [line.split("\t") for line in path.read_text().splitlines()]
+    path.write_text("\n".join("\t".join([*row, f"again {row[1]}"]) for row in rows) + "\n \tred\tbig\tx\ty\n")
+    world = exp_nlp.texts(nlp_args(tsv=str(path), vocabulary=6), "cpu")
+    assert world.names == ("colour", "size") and "it tells too much about colour" in capsys.readouterr().out
+    assert len(world.test) < 80 and not set(map(tuple, world.table[world.train].tolist())) & set(
+        map(tuple, world.table[world.test].tolist())
+    )
     # documents stay whole: sentences of one document are all in training or all held out
-    words, documents = [[str(i)] for i in range(300)], [i // 3 for i in range(300)]
+    words, documents = [[str(i % 7), str(i)] for i in range(300)], [i // 3 for i in range(300)]
     made = (words, {"a": [str(i % 2) for i in range(300)]}, documents)
-    part = exp_nlp_texts_of(made)
-    assert len({i // 3 for i in part.train.tolist()} & {i // 3 for i in part.test.tolist()}) == 0 and len(part.test) == 60
-
-
-def exp_nlp_texts_of(made):
-    original, exp_nlp.grammar = exp_nlp.grammar, lambda: made
-    try:
-        return exp_nlp.texts(nlp_args(ask=["a"]), "cpu")
-    finally:
-        exp_nlp.grammar = original
+    monkeypatch.setattr(exp_nlp, "grammar", lambda: made)
+    one, two = (
+        world.table[part, 1].tolist() for world in [exp_nlp.texts(nlp_args(ask=["a"]), "cpu")] for part in (world.train, world.test)
+    )
+    assert len(one) == 240 and len(two) > 0 and set(two) == {exp_nlp.UNKNOWN}
 
 
 def test_word_selection_labels_the_word_of_the_asked_category():
@@ -708,6 +731,10 @@ def test_splitting_the_runs_over_programs_or_processes_changes_nothing(tmp_path)
     run(f"{flags} --out {tmp_path}/split --runs-per-program 3")
     assert science(tmp_path / "split") == science(tmp_path / "one")
     done = run(f"-m torch.distributed.run --nproc_per_node=2 {flags} --out {tmp_path}/two")
+    linear = f"exp_plateau.py {TRAIN} --task linear --difficulty 2 3"
+    run(f"{linear} --out {tmp_path}/linear")
+    run(f"{linear} --out {tmp_path}/linear-split --runs-per-program 3")
+    assert science(tmp_path / "linear-split") == science(tmp_path / "linear")
     assert science(tmp_path / "two") == science(tmp_path / "one") and done.stdout.count("12 100% |") == 1
     # one process finds no checkpoint: the job ends, says why, and the other's checkpoint stays
     (tmp_path / "two" / "checkpoint-1-0.pt").unlink()
@@ -801,8 +828,10 @@ def test_several_sizes_make_several_programs(tmp_path):
     (tmp_path / "checkpoint-0-1.pt").unlink()
     run(f"{flags} --resume")
     assert science(tmp_path) == whole
-    run(f"{flags} --max-minutes 0")  # stops in the first size, and draws what there is
-    assert len(science(tmp_path)["runs"]) == 4 and not science(tmp_path)["finished"]
+    done = run(f"{flags} --max-minutes 0")  # stops in the first size
+    assert len(science(tmp_path)["runs"]) == 4 and not science(tmp_path)["finished"] and "--resume" in done.stdout
+    assert "--resume" in run(f"exp_mixture.py --replot --out {tmp_path}", expect=2).stderr
+    assert not (tmp_path / "checkpoint-0-1.pt").exists()  # of the earlier command: may not be taken for this one's
 
 
 def call(command: str, monkeypatch) -> int:
@@ -829,7 +858,7 @@ def test_linear_regression_end_to_end(script, arms, tmp_path):
 
 
 def test_exp_nlp_end_to_end(tmp_path):
-    (tmp_path / "made.conllu").write_text(CONLLU * 40)
+    made_conllu(tmp_path / "made.conllu")
     sources = {"grammar": "", "wordselect": "--text wordselect", "tsv": f"--tsv {made_tsv(tmp_path / 'made.tsv')}"}
     for name, flags in sources.items():
         run(f"exp_nlp.py {TRAIN} --pairs 4 --switch 5 {flags} --out {tmp_path}/{name}")
@@ -897,6 +926,7 @@ TEXT += [
     ("--ask colour", "--ask"),
     ("--text wordselect --difficulty 5", "--text"),
     ("--text wordselect --arm warmup", "--text"),
+    ("--text wordselect --ask animal", "--ask"),
     ("--switch 12", "--switch"),
     ("--fraction 0.3", "--fraction"),
     ("--weight -1", "--weight"),
@@ -943,7 +973,7 @@ def test_every_command_of_the_readme_runs(command, tmp_path, monkeypatch):
     script, _, flags = command.strip().partition(" ")
     small = TRAIN if "--task linear" in flags else f"{TRAIN} --pairs 4" if script == "exp_nlp.py" else SMALL
     if "--conllu" in flags:  # the reader's own file
-        (tmp_path / "made.conllu").write_text(CONLLU * 40)
+        made_conllu(tmp_path / "made.conllu")
         flags = re.sub(r"--conllu \S+", f"--conllu {tmp_path}/made.conllu", flags)
     assert call(f"{script} {small} {flags} {OWN_FLAGS.get(script, '')} --out {tmp_path}", monkeypatch) == 0
     assert (tmp_path / "figure.png").exists()
