@@ -170,7 +170,8 @@ def plot(metrics: dict, path: Path) -> None:
         title="(a) Training stalls, then jumps", xlabel="step", ylabel="held-out loss / best loss without context", ylim=(0, 1.15), xlim=0
     )
 
-    probes.curves(b, groups, "probe_steps", score("weights_score"))
+    shown = lambda run: [v and max(v, 1e-6) for v in score("weights_score")(run)]  # an error of zero has no place on a log axis
+    probes.curves(b, groups, "probe_steps", shown if linear else score("weights_score"))
     for colour, level in zip(colours.values(), start):
         b.axhline(level, color=colour, ls="--", lw=1)
     if linear:
