@@ -470,7 +470,8 @@ def bag_of_words(world: Items) -> dict[str, float]:
 
 
 def plot(metrics: dict, path: Path) -> None:
-    figure, f, colours, best = probes.draw_arms(metrics, "Text")
+    source = metrics["args"]["conllu"] or metrics["args"]["tsv"] or metrics["args"]["text"]
+    figure, f, colours, best = probes.draw_arms(metrics, f"Text: {source if isinstance(source, str) else ' '.join(source)}")
     last = metrics["runs"][-1]
     block, names, place = last["headline_block"], list(metrics["attributes"]), np.arange(len(metrics["attributes"]))
     for i, (arm, colour) in enumerate(colours.items()):
