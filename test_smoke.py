@@ -1,6 +1,7 @@
 """pytest: the core against independent references, and every script and README command end to end at tiny size."""
 
 import importlib
+import io
 import itertools
 import json
 import math
@@ -8,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -180,7 +182,7 @@ def test_bf16_training_keeps_the_residual_stream_and_gradients_in_fp32():
 
 
 def test_the_benchmark_counts_the_work_of_a_step():
-    done = run("model.py --runs 1 3 --steps 1 --no-compile --device cpu --precision fp32")
+    done = run("model.py --runs 1 3 --steps 1 --no-compile --device cpu --precision fp32", fresh=True)
     one, three = ([float(v.replace(",", "")) for v in line.split()] for line in done.stdout.strip().splitlines()[-2:])
     assert one[0] == 1 and three[0] == 3 and min(one[:8]) > 0
     # flops of a step, from time and rate: 6 per weight and token forward and backward, attention apart
@@ -188,7 +190,10 @@ def test_the_benchmark_counts_the_work_of_a_step():
     weights = tokens * 12 * d * d * layers + tokens / 2 * ((32 + 4) * d + 4 * d)
     attention = layers * 2 * 48 * 24 * 24 * d
     assert one[1] * one[6] * 1e9 == pytest.approx(6 * (weights + attention), rel=0.1)
-    assert "error" in run("model.py --runs 0", expect=2).stderr and "--device" in run("model.py --device cuda:99", expect=2).stderr
+    assert (
+        "error" in run("model.py --runs 0", expect=2, fresh=True).stderr
+        and "--device" in run("model.py --device cuda:99", expect=2, fresh=True).stderr
+    )
 
 
 # ---------------------------------------------------------------------------------------------- tasks.py
@@ -690,8 +695,21 @@ SMALL = f"{TRAIN} --pairs 4 --factors 3 3 2 2 1 1 --ask floor_hue wall_hue --cod
 OWN_FLAGS = {"exp_warmup.py": "--switch 0 5", "exp_mixture.py": "--fraction 0 0.5", "exp_nlp.py": "--switch 5"}
 
 
-def run(command: str, expect: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run([sys.executable, *shlex.split(command)], cwd=HERE, capture_output=True, text=True)
+def run(command: str, expect: int = 0, fresh: bool = False) -> subprocess.CompletedProcess:
+    """A command line, in this process (which saves importing torch again) or in a fresh one."""
+    words = shlex.split(command)
+    if fresh:
+        done = subprocess.run([sys.executable, *words], cwd=HERE, capture_output=True, text=True)
+    else:
+        out, error, code = io.StringIO(), io.StringIO(), 0
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(error):
+            patch.chdir(HERE)
+            patch.setattr(sys, "argv", words)
+            try:
+                importlib.import_module(words[0][:-3]).main()
+            except SystemExit as stop:
+                code = stop.code
+        done = subprocess.CompletedProcess(words, code, out.getvalue(), error.getvalue())
     assert done.returncode == expect, done.stdout + done.stderr
     return done
 
@@ -704,7 +722,7 @@ def science(folder: Path) -> dict:
 
 def test_exp_plateau_end_to_end_and_resume_equals_unbroken(tmp_path):
     flags = f"exp_plateau.py {SMALL} --difficulty 2 inf --lr 1e-3 1e-2"
-    done = run(f"{flags} --out {tmp_path}/a")
+    done = run(f"{flags} --out {tmp_path}/a", fresh=True)
     assert "12 100% |" in done.stdout
     whole = science(tmp_path / "a")
     assert len(whole["runs"]) == 8 and whole["finished"] and {r["difficulty"] for r in whole["runs"]} == {2, "inf"}
@@ -730,7 +748,7 @@ def test_splitting_the_runs_over_programs_or_processes_changes_nothing(tmp_path)
     run(f"{flags} --out {tmp_path}/one")
     run(f"{flags} --out {tmp_path}/split --runs-per-program 3")
     assert science(tmp_path / "split") == science(tmp_path / "one")
-    done = run(f"-m torch.distributed.run --nproc_per_node=2 {flags} --out {tmp_path}/two")
+    done = run(f"-m torch.distributed.run --nproc_per_node=2 {flags} --out {tmp_path}/two", fresh=True)
     linear = f"exp_plateau.py {TRAIN} --task linear --difficulty 2 3"
     run(f"{linear} --out {tmp_path}/linear")
     run(f"{linear} --out {tmp_path}/linear-split --runs-per-program 3")
@@ -738,7 +756,7 @@ def test_splitting_the_runs_over_programs_or_processes_changes_nothing(tmp_path)
     assert science(tmp_path / "two") == science(tmp_path / "one") and done.stdout.count("12 100% |") == 1
     # one process finds no checkpoint: the job ends, says why, and the other's checkpoint stays
     (tmp_path / "two" / "checkpoint-1-0.pt").unlink()
-    broken = run(f"-m torch.distributed.run --nproc_per_node=2 {flags} --out {tmp_path}/two --resume", expect=1)
+    broken = run(f"-m torch.distributed.run --nproc_per_node=2 {flags} --out {tmp_path}/two --resume", expect=1, fresh=True)
     assert "--resume: no checkpoint at" in broken.stderr and (tmp_path / "two" / "checkpoint-0-0.pt").exists()
 
 
@@ -760,7 +778,7 @@ def weights_of(folder: Path, checkpoint: str = "checkpoint.pt") -> dict:
 def test_before_its_switch_a_warm_up_run_is_the_easy_run_and_after_it_is_not(tmp_path):
     run(f"exp_plateau.py {SMALL} --difficulty 1 --max-minutes 0 --out {tmp_path}/easy")  # stops at step 3
     flags = f"exp_warmup.py {SMALL} --difficulty inf --switch 0 3 5 --keep all early late --out {tmp_path}/warm"
-    run(f"{flags} --max-minutes 0")
+    run(f"{flags} --max-minutes 0", fresh=True)
     easy, warm = weights_of(tmp_path / "easy"), weights_of(tmp_path / "warm")
     assert all(torch.equal(warm[key][run : run + 2], easy[key]) for key in easy for run in range(2, 14, 2))
     assert not torch.equal(warm["read_out.weight"][:2], easy["read_out.weight"])  # the baseline
@@ -800,14 +818,14 @@ def test_reset_keeps_the_stated_part():
 def test_arms_that_do_nothing_are_the_baseline_bit_for_bit(tmp_path):
     run(f"exp_plateau.py {SMALL} --difficulty 1 inf --out {tmp_path}/plain")
     easy, hard = weights_of(tmp_path / "plain")["read_out.weight"].split(2)
-    run(f"exp_mixture.py {SMALL} --difficulty inf --fraction 0 0.5 1 --mix easy unrelated --out {tmp_path}/mixture")
+    run(f"exp_mixture.py {SMALL} --difficulty inf --fraction 0 0.5 1 --mix easy unrelated --out {tmp_path}/mixture", fresh=True)
     mixture = weights_of(tmp_path / "mixture", "checkpoint.pt")["read_out.weight"].split(2)
     names = [row["arm"] for row in science(tmp_path / "mixture")["summary"]]
     assert names == ["baseline", "50% easy", "100% easy", "50% unrelated", "100% unrelated"]
     assert torch.equal(mixture[0], hard) and torch.equal(mixture[2], easy)
     assert not any(torch.equal(a, b) for i, a in enumerate(mixture) for b in mixture[:i])
     arms = "none weights:0 weights context shuffled norm decay clip:0.01 epsilon weights+norm"
-    run(f"exp_aux_loss.py {SMALL} --difficulty inf --loss {arms} --out {tmp_path}/aux")
+    run(f"exp_aux_loss.py {SMALL} --difficulty inf --loss {arms} --out {tmp_path}/aux", fresh=True)
     aux = weights_of(tmp_path / "aux")["read_out.weight"].split(2)
     assert torch.equal(aux[0], hard) and torch.equal(aux[1], hard)
     assert not any(torch.equal(a, b) for i, a in enumerate(aux[1:]) for b in aux[1 : i + 1])
@@ -834,18 +852,6 @@ def test_several_sizes_make_several_programs(tmp_path):
     assert not (tmp_path / "checkpoint-0-1.pt").exists()  # of the earlier command: may not be taken for this one's
 
 
-def call(command: str, monkeypatch) -> int:
-    """As run(), in this process: a case costs no second import of torch."""
-    script, *flags = shlex.split(command)
-    monkeypatch.chdir(HERE)
-    monkeypatch.setattr(sys, "argv", [script, *flags])
-    try:
-        importlib.import_module(script[:-3]).main()
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
 @pytest.mark.parametrize("script, arms", [("exp_plateau.py", 1), ("exp_aux_loss.py", 5)])
 def test_linear_regression_end_to_end(script, arms, tmp_path):
     run(f"{script} {TRAIN} --task linear --difficulty 2 3 --out {tmp_path}")
@@ -861,7 +867,7 @@ def test_exp_nlp_end_to_end(tmp_path):
     made_conllu(tmp_path / "made.conllu")
     sources = {"grammar": "", "wordselect": "--text wordselect", "tsv": f"--tsv {made_tsv(tmp_path / 'made.tsv')}"}
     for name, flags in sources.items():
-        run(f"exp_nlp.py {TRAIN} --pairs 4 --switch 5 {flags} --out {tmp_path}/{name}")
+        run(f"exp_nlp.py {TRAIN} --pairs 4 --switch 5 {flags} --out {tmp_path}/{name}", fresh=name == "tsv")
         metrics = science(tmp_path / name)
         assert (tmp_path / name / "figure.png").exists() and len(metrics["runs"]) == (8 if name == "wordselect" else 12)
         assert len({tuple(run["loss"]) for run in metrics["runs"]}) == len(metrics["runs"])
@@ -952,11 +958,10 @@ CASES += [(script, f"{TRAIN} --task linear --difficulty 2 {flags}", named) for f
 
 
 @pytest.mark.parametrize("script, flags, named", CASES)
-def test_wrong_input_ends_in_one_line_that_names_the_flag(script, flags, named, tmp_path, monkeypatch, capsys):
+def test_wrong_input_ends_in_one_line_that_names_the_flag(script, flags, named, tmp_path):
     for name, content in FILES.items():
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert call(f"{script} --out {tmp_path}/x {flags.format(tmp_path)}", monkeypatch) == 2
-    said = capsys.readouterr().err.strip().splitlines()
+    said = run(f"{script} --out {tmp_path}/x {flags.format(tmp_path)}", expect=2).stderr.strip().splitlines()
     assert named in said[-1] and not any("Traceback" in line for line in said)
     assert not (tmp_path / "x" / "metrics.json").exists()
 
@@ -969,11 +974,11 @@ def test_the_readme_has_commands():
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))
-def test_every_command_of_the_readme_runs(command, tmp_path, monkeypatch):
+def test_every_command_of_the_readme_runs(command, tmp_path):
     script, _, flags = command.strip().partition(" ")
     small = TRAIN if "--task linear" in flags else f"{TRAIN} --pairs 4" if script == "exp_nlp.py" else SMALL
     if "--conllu" in flags:  # the reader's own file
         made_conllu(tmp_path / "made.conllu")
         flags = re.sub(r"--conllu \S+", f"--conllu {tmp_path}/made.conllu", flags)
-    assert call(f"{script} {small} {flags} {OWN_FLAGS.get(script, '')} --out {tmp_path}", monkeypatch) == 0
+    run(f"{script} {small} {flags} {OWN_FLAGS.get(script, '')} --out {tmp_path}")
     assert (tmp_path / "figure.png").exists()
