@@ -69,6 +69,7 @@ def arguments() -> argparse.Namespace:
     exp.add_argument("--conllu", nargs="+", help="treebank files instead; attributes from the annotation")
     exp.add_argument("--tsv", help="tab-separated file instead, with a header; column text, every other column an attribute")
     exp.add_argument("--ask", nargs="+", help="attributes that may be asked (grammar: subject tense sentiment; otherwise all)")
+    exp.add_argument("--texts", type=int, default=20_000, help="how many the grammar or word selection makes (default 20000)")
     exp.add_argument("--words", type=int, help="texts are cut after this many words")
     exp.add_argument("--vocabulary", type=int, help="commonest words of the training part that are kept")
     exp.add_argument("--steps", type=int, help="training steps, the budget")
@@ -210,7 +211,7 @@ def sentence(values: dict[str, str], pick) -> list[str]:
     return [*(pick(FRONTS).split() if front else []), *middle, *object_, *(pick(PLACES).split() if place else [])]
 
 
-def grammar(count: int = 20_000) -> tuple[list, dict, list]:
+def grammar(count: int) -> tuple[list, dict, list]:
     """Different sentences with independent, uniform attributes: texts, {attribute: values}, document of each text."""
     rng = np.random.default_rng(0)
     pick = lambda options: options[rng.integers(len(options))]
@@ -344,7 +345,7 @@ class WordSelect(Items):
                 "bayes_accuracy": sum(by_position) / n, "bayes_accuracy_by_position": by_position}  # fmt: skip
 
 
-def wordselect(device, count: int = 20_000) -> WordSelect:
+def wordselect(device, count: int) -> WordSelect:
     rng = np.random.default_rng(0)
     k, size = len(CATEGORIES), min(map(len, CATEGORIES.values()))
     values = np.unique(rng.integers(size, size=(count, k)), axis=0)
@@ -368,9 +369,9 @@ def texts(args: argparse.Namespace, device, least: float = 0.04) -> Items:
     """
     flag = "--conllu" if args.conllu else "--tsv" if args.tsv else "--text"
     if args.text == "wordselect" and flag == "--text":
-        return wordselect(device)
+        return wordselect(device, args.texts)
     say = print if probes.RANK == 0 else lambda *_: None
-    words, attributes, documents = conllu(args.conllu, args.words) if args.conllu else tsv(args.tsv) if args.tsv else grammar()
+    words, attributes, documents = conllu(args.conllu, args.words) if args.conllu else tsv(args.tsv) if args.tsv else grammar(args.texts)
     if set(args.ask or ()) - set(attributes):
         raise UsageError(f"--ask {' '.join(args.ask)}: the attributes found are {' '.join(attributes)}")
     words, names = [text[: args.words] for text in words], list(dict.fromkeys(documents))

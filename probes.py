@@ -687,6 +687,7 @@ def check(args) -> None:
                 "code_width",
                 "words",
                 "vocabulary",
+                "texts",
             )
             and value is not None
             and min(values) < 1

@@ -186,7 +186,9 @@ class Items:
         pool = self.test if held_out else self.train
         if self.weight is None:
             return pool[torch.randperm(len(pool), generator=generator)[:count].to(pool.device)]
-        return pool[torch.multinomial(self.weight[pool].cpu(), count, replacement=True, generator=generator).to(pool.device)]
+        return pool[
+            torch.multinomial(self.weight[pool].cpu(), min(count, len(pool)), replacement=True, generator=generator).to(pool.device)
+        ]
 
     def loss(self, logits, batch: Sequences) -> torch.Tensor:
         """Cross-entropy of the labels in nats: logits (r, b, n, n_label) -> (r, b, n)."""
