@@ -170,7 +170,7 @@ def plot(metrics: dict, path: Path) -> None:
         title="(a) Training stalls, then jumps", xlabel="step", ylabel="held-out loss / best loss without context", ylim=(0, 1.15), xlim=0
     )
 
-    shown = lambda run: [v and max(v, 1e-6) for v in score("weights_score")(run)]  # an error of zero has no place on a log axis
+    shown = lambda run: [v if v is None else max(v, 1e-6) for v in score("weights_score")(run)]  # no zero on a log axis
     probes.curves(b, groups, "probe_steps", shown if linear else score("weights_score"))
     for colour, level in zip(colours.values(), start):
         b.axhline(level, color=colour, ls="--", lw=1)
