@@ -18,7 +18,6 @@ Arms of one seed start from the same weights and see the same batches; all are j
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -56,6 +55,7 @@ def arguments() -> argparse.Namespace:
     run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
     run.add_argument("--out", default="out/aux_loss", help="folder of metrics.json, figure.png, checkpoint.pt")
     run.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+    run.add_argument("--overwrite", action="store_true", help="replace what an earlier training left in --out")
     run.add_argument("--replot", action="store_true", help="redraw figure.png from metrics.json, train nothing")
     run.add_argument("--max-minutes", type=float, default=math.inf, help="stop cleanly after this long; --resume continues")
     run.add_argument("--scale", choices=("laptop", "paper"), default="laptop", help="which set of defaults (any flag overrides)")
@@ -194,20 +194,7 @@ def plot(metrics: dict, path: Path) -> None:
 
 
 def main() -> None:
-    try:
-        args = arguments()
-        out = Path(args.out)
-        probes.prepare_out(out)
-        if not args.replot:
-            metrics = probes.train_programs(args, runs_of(args), train)
-            if metrics is None:  # stopped before the end, or not the first process of torchrun
-                return
-            probes.save_json(out / "metrics.json", metrics)
-            probes.report(metrics)
-        plot(probes.read_metrics(out), out / "figure.png")
-    except UsageError as error:
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    probes.command(arguments, runs_of, train, plot)
 
 
 if __name__ == "__main__":

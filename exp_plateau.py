@@ -10,7 +10,6 @@ Runs = difficulties x learning rates x seeds, all trained in one program. Writes
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -19,7 +18,7 @@ import torch
 
 import probes
 from model import GPT, Adam, Config, autocast, compile_blocks, pick_device
-from tasks import FACTORS, SIZES, Regression, UsageError, image, mappings, parse_difficulty, render, sequence_numbers, shapes
+from tasks import FACTORS, SIZES, Regression, image, mappings, parse_difficulty, render, sequence_numbers, shapes
 
 SCALES = {  # defaults only: any flag overrides them
     ("shapes", "laptop"): dict(difficulty=[1, 8, 64, math.inf], lr=[2e-3], embedding="code",
@@ -44,6 +43,7 @@ def arguments() -> argparse.Namespace:
     run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
     run.add_argument("--out", default="out/plateau", help="folder of metrics.json, figure.png, checkpoint.pt")
     run.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+    run.add_argument("--overwrite", action="store_true", help="replace what an earlier training left in --out")
     run.add_argument("--replot", action="store_true", help="redraw figure.png from metrics.json, train nothing")
     run.add_argument("--max-minutes", type=float, default=math.inf, help="stop cleanly after this long; --resume continues")
     run.add_argument("--scale", choices=("laptop", "paper"), default="laptop", help="which set of defaults (any flag overrides)")
@@ -129,13 +129,9 @@ def relation(metrics: dict) -> dict:
     lr = best_rate(metrics)
     points = [(probes.score_change(run), probes.budgeted_length(run)) for run in metrics["runs"]
               if run["lr"] == lr and probes.score_change(run) is not None]  # fmt: skip
-    return {
-        "best_lr": lr,
-        "weights_score_change_against_plateau_length": {
-            "rho": probes.rank_correlation(*map(list, zip(*points))) if points else None,
-            "n": len(points),
-        },
-    }
+    rho = probes.rank_correlation(*map(list, zip(*points))) if points else None
+    print(f"rank correlation of weights score change and plateau length, lr {lr:g}: {rho}, n = {len(points)}")
+    return {"best_lr": lr, "weights_score_change_against_plateau_length": {"rho": rho, "n": len(points)}}
 
 
 # ---------------------------------------------------------------------------------------------- the picture
@@ -273,25 +269,7 @@ def draw_positions(ax, metrics: dict, groups: dict) -> None:
 
 
 def main() -> None:
-    try:
-        args = arguments()
-        out = Path(args.out)
-        probes.prepare_out(out)
-        if not args.replot:
-            metrics = probes.train_programs(args, runs_of(args), train)
-            if metrics is None:  # stopped before the end, or not the first process of torchrun
-                return
-            metrics |= relation(metrics)
-            probes.save_json(out / "metrics.json", metrics)
-            probes.report(metrics)
-            found = metrics["weights_score_change_against_plateau_length"]
-            print(
-                f"rank correlation of weights score change and plateau length, lr {metrics['best_lr']:g}: {found['rho']}, n = {found['n']}"
-            )
-        plot(probes.read_metrics(out), out / "figure.png")
-    except UsageError as error:
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    probes.command(arguments, runs_of, train, plot, relation)
 
 
 if __name__ == "__main__":

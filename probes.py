@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -40,6 +41,7 @@ matplotlib.use("Agg")  # figures go to files
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 
 BEGAN = time.perf_counter()  # of the command, for --max-minutes
+SAVE_SECONDS = 60  # between two checkpoints
 PROBE_STEPS, PROBE_BATCH, PROBE_RATE = 782, 128, 1e-3  # steps and rate of the paper; a small world is passed over many times
 ESCAPE = 0.8  # of the best loss without context: Kim et al. (arXiv 2410.05448); a learner of the label set alone stays above
 COMPLETE = 0.95  # of the Bayes accuracy; in regression: loss within 0.1 of the Bayes loss
@@ -220,7 +222,7 @@ class Record:
     args: the script's flags; used here: pairs, steps, evaluations, probes, out, resume, max_minutes.
     """
 
-    may_change = ("out", "device", "resume", "replot", "max_minutes")  # flags that a resumed run may change
+    may_change = ("out", "device", "resume", "replot", "overwrite", "max_minutes")  # flags that a resumed run may change
     kept = ("steps", "loss", "accuracy", "probe_steps", "scores", "loss_by_position", "accuracy_by_position", "fresh_accuracy", "seconds")
 
     def __init__(self, args, runs: list[dict], world, model, optimizer, checkpoint: str = "checkpoint.pt", sequences: int = 64):
@@ -228,7 +230,8 @@ class Record:
         self.settings = {"script": Path(sys.argv[0]).name}
         self.settings["processes"] = PROCESSES
         self.settings |= {key: jsonable(value) for key, value in vars(args).items() if key not in self.may_change}
-        self.due = sorted({round(i * args.steps / args.evaluations) for i in range(args.evaluations + 1)})
+        evaluations = min(args.evaluations, args.steps)
+        self.due = sorted({round(i * args.steps / evaluations) for i in range(evaluations + 1)})
         self.due_probes = set(self.due[:: max(1, args.evaluations // args.probes)]) | {args.steps}
         device, difficulty = next(model.parameters()).device, [run["difficulty"] for run in runs]
         seed = torch.tensor([run["seed"] for run in runs], device=device)
@@ -253,31 +256,49 @@ class Record:
         self.mark = None
 
     def training_steps(self):
-        """The steps to train, one by one. In between: measure, print, save a checkpoint every minute, stop at the time limit."""
+        """The steps to train, one by one. In between: measure, print, save a checkpoint every minute, stop at the time limit.
+
+        Ctrl-C and SIGTERM: the step is finished, a checkpoint saved, and the process ends with code 130 or 143; at once the second time.
+        """
         first = self.load_checkpoint(self.path) if self.args.resume else 0
         if not RANK:
             print(f"{len(self.runs)} runs x {self.budget} steps: {self.settings}", flush=True)
         if not self.args.resume and self.path.stem.endswith("-0"):  # what an earlier command left of later programs
             for old in self.path.parent.glob(f"{self.path.stem[:-1]}*.pt"):
                 old.unlink()
-        began, saved = time.perf_counter(), -math.inf  # a checkpoint at once: whatever dies early can be resumed
-        before = self.seconds["total"]
+        caught: list[int] = []
+
+        def catch(number, _):
+            caught.append(number)
+            signal.signal(number, before[number])
+
+        before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield from self.steps_from(first, caught)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def steps_from(self, first: int, caught: list[int]):
+        began, before, saved = time.perf_counter(), self.seconds["total"], -math.inf
         for step in range(first, self.budget + 1):
-            if step in self.due and step not in self.steps:
+            due, stop = step in self.due, step == self.budget
+            if due and step not in self.steps:
                 self.measure(step)
-                now = time.perf_counter()
-                self.seconds["total"] = before + now - began
-                line = self.line(first, now - began)
+                self.seconds["total"] = before + time.perf_counter() - began
+                line = self.line(first, time.perf_counter() - began)
                 if not RANK:
                     print(line, flush=True)
-                stop = step == self.budget or (step > first and now - BEGAN > 60 * self.args.max_minutes)
-                if stop or now - saved > 60:
-                    self.save_checkpoint(self.path, step)
-                    saved = now
-                if stop:
-                    return
-            if step < self.budget:
-                yield step
+                stop = stop or (step > first and time.perf_counter() - BEGAN > 60 * self.args.max_minutes)
+            if stop or caught or (due and time.perf_counter() - saved > SAVE_SECONDS):  # the first at once: what dies early can be resumed
+                self.save_checkpoint(self.path, step)
+                saved = time.perf_counter()
+            if caught:
+                print(f"stopped at step {step}: the same command with --resume goes on", flush=True)
+                sys.exit(128 + caught[0])
+            if stop:
+                return
+            yield step
 
     def measure(self, step: int) -> None:
         """Evaluate all runs, and probe them when it is time; nothing leaves the device."""
@@ -325,24 +346,28 @@ class Record:
 
     def load_checkpoint(self, path: Path) -> int:
         """Restore everything; returns the step to go on from. UsageError if there is none or it is of other settings."""
+        damaged = UsageError(f"--resume: {path} is damaged or not of this script; remove it and start afresh")
         try:
             state = torch.load(path, map_location=self.held_out.x.device, weights_only=True)
-            then = state["settings"]
+            then, step = dict(state["settings"]), int(state["step"])
         except FileNotFoundError:
             raise UsageError(
                 f"--resume: no checkpoint at {path}; use the same flags and processes, or leave --resume out to start afresh"
             ) from None
         except Exception:
-            raise UsageError(f"--resume: {path} is not a checkpoint of this script; remove it and start afresh") from None
+            raise damaged from None
         other = [key for key in self.settings | then if self.settings.get(key) != then.get(key)]
         if other:
             flags = ", ".join(f"--{key.replace('_', '-')} (then {then.get(key)}, now {self.settings.get(key)})" for key in other)
             raise UsageError(f"--resume: the checkpoint was made with other settings: {flags}; use the same flags or another --out")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for key, value in state["record"].items():
-            setattr(self, key, value)
-        return state["step"]
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            for key in self.kept:
+                setattr(self, key, state["record"][key])
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            raise damaged from None
+        return step
 
     def finished_runs(self) -> list[dict]:
         """The runs of metrics.json."""
@@ -367,6 +392,7 @@ class Record:
                 "no_context_loss": number(free),
                 "plateau_length": length,
                 "censored": length is None,
+                "diverged": losses[-1] is None,
                 "plateau_length_other_rules": {
                     "0.9": plateau_length(self.steps, losses, 0.9 * free),
                     "0.7": plateau_length(self.steps, losses, 0.7 * free),
@@ -397,6 +423,47 @@ class Record:
             "levels": self.references,
             "runs": self.finished_runs(),
         }
+
+
+def command(arguments, runs_of, train, plot, conclude=lambda metrics: {}) -> None:
+    """What every script does: read the flags, train, write metrics.json, draw figure.png. An error is one line and exit code 2.
+
+    arguments() -> args; runs_of(args) -> a dict per run; train(args, runs, checkpoint name) -> Record.metrics of one program;
+    plot(metrics, path); conclude(metrics) -> further keys for metrics.json.
+    """
+    code = 2
+    try:
+        args = arguments()
+        out = Path(args.out)
+        if not args.replot:
+            prepare_out(args)
+            metrics = train_programs(args, runs_of(args), train)
+            if metrics is None:  # stopped before the end, or not the first process of torchrun
+                return
+            save_json(out / "metrics.json", metrics | conclude(metrics))
+        metrics = read_metrics(out)
+        try:
+            print(table(metrics))
+            plot(metrics, out / "figure.png")
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            if not args.replot or isinstance(error, UsageError):
+                raise
+            raise UsageError(f"--replot: metrics.json in {out} is not what this script writes; train again") from None
+        return
+    except (UsageError, OSError) as error:  # OSError: a folder that torch or the system keeps its own files in
+        message = f"error: {error}"
+    except (RuntimeError, MemoryError) as error:
+        words = str(error)
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in words:
+            message = "error: out of memory; cut the figure into several programs with --runs-per-program, or make --batch smaller"
+        elif type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            message = f"error: torch.compile failed ({words.splitlines()[0]}); train without it: --no-compile"
+        else:
+            raise
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def train_programs(args, runs: list[dict], train) -> dict | None:
@@ -502,17 +569,33 @@ def summarise(runs: list[dict], baseline: str = "baseline") -> list[dict]:
     return rows
 
 
-def report(metrics: dict) -> None:
-    """The summary in words."""
-    symbol = "d" if metrics["args"].get("task") == "linear" else "m"
-    for row in metrics["summary"]:
-        lengths = " ".join("never" if v is None else str(v) for v in row["plateau_lengths"])
-        changes = " ".join(f"{v:+.3f}" for v in row["weights_score_changes"])
-        paired = f"; against the baseline {row['paired_differences_median']:+g}" if row["paired_differences"] else ""
-        paired += f", both at their best rate {row['paired_differences_best_median']:+g}" if row["paired_differences_best"] else ""
-        size, best = f", {row['size']}" if row["size"] else "", " (its best)" if row["best_lr"] else ""
-        print(f"{row['arm']}{size}, {symbol} = {row['difficulty']}, lr {row['lr']:g}{best}: ", end="")
-        print(f"plateau {lengths}, median {row['plateau_length_median']:g}{paired}; weights score {changes}")
+def table(metrics: dict) -> str:
+    """The summary as a Markdown table (those of the README): a row per arm at its best rate, its differences at all rates last."""
+    rows, rates = metrics["summary"], metrics["args"]["lr"]
+    steps = lambda values, sign="": " ".join("-" if v is None else f"{v:{sign},}" if v else "0" for v in values)
+    wide = lambda key: len({row[key] for row in rows}) > 1
+    symbol, score = ("d", "read-out error") if metrics["args"].get("task") == "linear" else ("m", "weights score")
+    column = {"size": lambda row: row["size"]} if wide("size") else {}
+    column |= {symbol: lambda row: str(row["difficulty"])} if wide("difficulty") else {}
+    column |= {"arm": lambda row: row["arm"]} if wide("arm") else {}
+    column |= {
+        "best rate": lambda row: f"{row['lr']:g}",
+        "plateau length, every seed": lambda row: steps(row["plateau_lengths"]),
+        "median": lambda row: f"{row['plateau_length_median']:,.0f}",
+        "never": lambda row: f"{row['censored']} of {row['n']}",
+        f"{score}, end minus start": lambda row: " ".join(f"{v:+.3f}" for v in row["weights_score_changes"]),
+    }
+    if wide("arm"):
+        same = lambda row: [r["paired_differences"] for r in rows if all(r[k] == row[k] for k in ("arm", "difficulty", "size"))]
+        shown = lambda values, median: f"{steps(values, '+')} ({median:+,.0f})" if values else ""
+        column["steps against the baseline, both at their best rate"] = lambda row: shown(
+            row["paired_differences_best"], row["paired_differences_best_median"]
+        )
+        if len(rates) > 1:
+            names = "; ".join(f"{rate:g}" for rate in rates)
+            column[f"both at {names}"] = lambda row: "; ".join(steps(each, "+") for each in same(row) if each)
+    lines = [column, ["---"] * len(column), *[[cell(row) for cell in column.values()] for row in rows if row["best_lr"]]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def curves(ax, groups: dict, x: str, y) -> None:
@@ -629,10 +712,16 @@ def environment(device: torch.device, seconds: dict) -> dict:
 
 
 def write_aside(path: Path, write) -> None:
-    """write(temporary path), then move it into place: a reader never sees half a file."""
+    """write(temporary path), then move it into place: a reader never sees half a file. UsageError if that cannot be done."""
     aside = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    write(aside)
-    os.replace(aside, path)
+    try:
+        write(aside)
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch.save calls a full disk a RuntimeError
+        reason = getattr(error, "strerror", None) or "disk full?"
+        raise UsageError(f"--out {path.parent}: {path.name} cannot be written ({reason}); make room or choose another folder") from None
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def save_figure(path: Path, figure) -> None:
@@ -644,20 +733,26 @@ def save_json(path: Path, content: dict) -> None:
     write_aside(path, lambda aside: aside.write_text(json.dumps(content, allow_nan=False) + "\n"))
 
 
-def prepare_out(out: Path) -> None:
-    """Make the folder and see that it can be written, before anything is trained."""
+def prepare_out(args) -> None:
+    """Make the folder --out and see that it can be written and holds nothing that would be lost, before anything is trained."""
+    out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_aside(out / "writable", lambda aside: aside.touch())
-        (out / "writable").unlink(missing_ok=True)  # another process of torchrun may have been quicker
+        write_aside(out / f"writable-{RANK}", lambda aside: aside.touch())
+        (out / f"writable-{RANK}").unlink()
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
+    mine = "checkpoint*.pt" if PROCESSES == 1 else f"checkpoint-{RANK}-*.pt"  # other processes may have begun already
+    there = [*out.glob(mine), *([] if RANK else out.glob("metrics.json"))]
+    if there and not (args.resume or args.overwrite):
+        raise UsageError(f"--out {out}: {there[0].name} of an earlier training is there; choose another folder, go on with it (--resume), "
+                         "or replace it (--overwrite)")  # fmt: skip
 
 
 def read_metrics(out: Path) -> dict:
     try:
-        metrics = json.loads((out / "metrics.json").read_text())
-    except (OSError, ValueError):
+        metrics = dict(json.loads((out / "metrics.json").read_text()))
+    except (OSError, ValueError, TypeError):
         raise UsageError(f"--replot: no readable metrics.json in {out}; train first, or give its folder with --out") from None
     if metrics.get("script") != Path(sys.argv[0]).name:
         raise UsageError(f"--replot: {out} holds the metrics of {metrics.get('script')}; give another --out")
@@ -666,37 +761,28 @@ def read_metrics(out: Path) -> dict:
     return metrics
 
 
+COUNTS = "seeds steps batch pairs n_layer n_head d_model evaluations probes code_width words vocabulary texts".split()
+
+
 def check(args) -> None:
     """What every script asks of its flags; raises UsageError. Values given twice count once: n seeds are n different runs."""
     for key, value in vars(args).items():
         flag, values = f"--{key.replace('_', '-')}", value if isinstance(value, list) else [value]
         if isinstance(value, list) and key != "factors":
             setattr(args, key, list(dict.fromkeys(value)))
-        if (
-            key
-            in (
-                "seeds",
-                "steps",
-                "batch",
-                "pairs",
-                "n_layer",
-                "n_head",
-                "d_model",
-                "evaluations",
-                "probes",
-                "code_width",
-                "words",
-                "vocabulary",
-                "texts",
-            )
-            and value is not None
-            and min(values) < 1
-        ):
-            raise UsageError(f"{flag} {min(values)}: must be at least 1")
+        whole = [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
+        if key in COUNTS and whole and min(whole) < 1:
+            raise UsageError(f"{flag} {min(whole)}: must be at least 1")
+        if whole and max(whole) > 10**8:
+            raise UsageError(f"{flag} {max(whole)}: is too large; give at most {10**8:,}")
         if key in ("lr", "code_gain") and value is not None and not all(0 < v < math.inf for v in values):
             raise UsageError(f"{flag} {value}: must be a positive number")
         if key == "d_model" and any(v % args.n_head for v in values):
             raise UsageError(f"--n-head {args.n_head}: must divide --d-model {value}")
+    if not args.max_minutes >= 0:
+        raise UsageError(f"--max-minutes {args.max_minutes}: must be a number from 0 up")
+    if args.resume and args.overwrite:
+        raise UsageError("--overwrite: starts afresh, --resume goes on; give one of them")
     if args.runs_per_program < 0:
         raise UsageError(f"--runs-per-program {args.runs_per_program}: must be at least 1, or 0 for all")
     if getattr(args, "task", None) == "linear":

@@ -493,6 +493,17 @@ def vae(masks: np.ndarray, values: np.ndarray, latent: int = 64, steps: int = 30
         return np.concatenate([encoder(pixels(v))[:, :latent].numpy() for v in np.array_split(values, -(-len(values) // 8192))])
 
 
+def keep(file: Path, table: np.ndarray) -> None:
+    """Save a table for the next time; a folder that cannot be written only costs that."""
+    aside = file.with_suffix(f".{os.getpid()}.npy")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(aside, table)
+        os.replace(aside, file)
+    except OSError as error:
+        print(f"{file} cannot be written ({error.strerror}): made again the next time")
+
+
 def load_embedding(path: str) -> np.ndarray:
     """The paper's file layout: an .npz whose key `repre` is (480000, any). Raises UsageError."""
     try:
@@ -534,12 +545,13 @@ def shapes(factors=SIZES, ask=(), embedding="code", code_width=32, code_gain=2.0
         masks = render()
         name = hashlib.sha256(masks.tobytes() + repr((factors, vae.__defaults__, torch.__version__)).encode()).hexdigest()[:16]
         file = Path(cache) / f"vae-{name}.npy"
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            aside = file.with_suffix(f".{os.getpid()}.npy")
-            np.save(aside, vae(masks, full))
-            os.replace(aside, file)
-        table = np.load(file)
+        try:
+            table = np.load(file)
+        except (ValueError, EOFError):
+            raise UsageError(f"--embedding vae: {file} is damaged; remove it") from None
+        except OSError:  # not there, or out of reach
+            table = vae(masks, full)
+            keep(file, table)
     else:
         table = load_embedding(embedding)[np.ravel_multi_index(full.T, SIZES)]
     if embedding in ("code", "pixels", "vae"):

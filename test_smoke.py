@@ -5,8 +5,10 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -21,6 +23,7 @@ import exp_mixture
 import exp_nlp
 import exp_warmup
 import probes
+import tasks
 from model import GPT, Adam, Config, autocast
 from tasks import (
     ASKED,
@@ -460,6 +463,19 @@ def test_a_wrong_embedding_file_is_named(tmp_path, content, message):
         load_embedding(str(path))
 
 
+def test_a_damaged_cache_is_named_and_one_that_cannot_be_written_only_costs_time(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tasks, "vae", lambda masks, values: np.eye(len(values)))
+    monkeypatch.setattr(tasks, "render", lambda: np.zeros(3))
+    world = lambda folder: shapes((2, 2, 1, 1, 1, 1), embedding="vae", cache=folder)
+    first = world(tmp_path / "cache").table
+    assert torch.equal(world(tmp_path / "cache").table, first)
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.write_bytes(kept.read_bytes()[:50])
+    with pytest.raises(UsageError, match=f"--embedding vae: {kept} is damaged"):
+        world(tmp_path / "cache")
+    assert torch.equal(world(kept).table, first) and "cannot be written" in capsys.readouterr().out
+
+
 def test_an_embedding_file_is_read_in_the_papers_order(tmp_path):
     np.savez(tmp_path / "e.npz", repre=np.arange(480_000, dtype=np.float32)[:, None])
     world = shapes((2, 1, 1, 1, 1, 3), embedding=str(tmp_path / "e.npz"))
@@ -767,8 +783,119 @@ def test_a_run_that_diverges_is_null_and_spares_the_others(tmp_path):
     both, alone = science(tmp_path / "both")["runs"], science(tmp_path / "alone")["runs"]
     assert both[:2] == alone  # bit for bit, every curve and every score
     for diverged in both[2:]:
-        assert diverged["censored"] and diverged["loss"][0] is not None and diverged["loss"][-1] is None
+        assert diverged["diverged"] and diverged["censored"] and diverged["loss"][0] is not None and diverged["loss"][-1] is None
         assert diverged["final_weights_score"] is None and diverged["accuracy"][-1] is None
+
+
+KILLED = """
+import os, random, signal, sys, time
+import exp_plateau, probes
+probes.SAVE_SECONDS = 0  # a checkpoint at every step, so that many kills fall into its writing
+random.seed(0)
+folder, kills, flags = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+ended = 0
+for i in range(kills + 1):
+    begun = any(name.startswith("checkpoint") for name in os.listdir(folder))
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.argv = flags + ["--out", folder] + (["--resume"] if begun else ["--overwrite"])
+        exp_plateau.main()
+        os._exit(0)
+    if i < kills:
+        time.sleep(random.uniform(0, 1.5))
+        os.kill(child, signal.SIGKILL)
+    ended += os.waitpid(child, 0)[1] != 0
+print("ended early:", ended)
+"""
+
+
+def test_killed_at_any_moment_a_training_resumes_to_the_same_numbers(tmp_path):
+    """Twenty kills were tried by hand; the last start is left alone."""
+    flags = f"exp_plateau.py {SMALL} --steps 40 --evaluations 40 --difficulty inf"
+    run(f"{flags} --out {tmp_path}/whole")
+    (tmp_path / "killed").mkdir()
+    words = [sys.executable, "-c", KILLED, f"{tmp_path}/killed", "6", *shlex.split(flags)]
+    done = subprocess.run(words, cwd=HERE, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and done.stdout.strip() not in ("", "ended early: 0"), done.stdout + done.stderr
+    assert science(tmp_path / "killed") == science(tmp_path / "whole")
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
+    flags = f"exp_plateau.py {SMALL} --difficulty inf"
+    run(f"{flags} --out {tmp_path}/whole")
+    adam_step = Adam.step
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        steps = itertools.count(1)
+
+        def step(self, steps=steps, number=number):
+            if next(steps) == 5:
+                os.kill(os.getpid(), number)
+            adam_step(self)
+
+        monkeypatch.setattr(Adam, "step", step)
+        said = run(f"{flags} --out {tmp_path}/{status}", expect=status).stdout
+        assert "stopped at step 5: the same command with --resume goes on" in said and next(steps) == 6
+        run(f"{flags} --out {tmp_path}/{status} --resume")
+        assert science(tmp_path / f"{status}") == science(tmp_path / "whole")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_damaged_checkpoint_is_refused_and_left_alone(tmp_path):
+    flags = f"exp_plateau.py {SMALL} --difficulty inf --out {tmp_path}"
+    run(f"{flags} --max-minutes 0")
+    path = tmp_path / "checkpoint.pt"
+    whole, state = path.read_bytes(), torch.load(path, weights_only=True)
+    damaged = {"empty": b"", "torn": whole[: len(whole) // 2], "text": b"no checkpoint"}
+    parts = {"foreign": {"model": 1}, "a list": [1, 2], "half": state | {"record": {}}, "other": state | {"model": {}}, "code": Path()}
+    for name, content in parts.items():
+        torch.save(content, tmp_path / "x")
+        damaged[name] = (tmp_path / "x").read_bytes()
+    for name, content in damaged.items():
+        path.write_bytes(content)
+        said = run(f"{flags} --resume", expect=2).stderr.splitlines()
+        assert len(said) == 1 and "checkpoint.pt is damaged" in said[0], name
+        assert path.read_bytes() == content and path.name in run(flags, expect=2).stderr  # nor is it overwritten
+    path.write_bytes(whole)
+    run(f"{flags} --resume")
+
+
+def test_a_result_is_overwritten_on_demand_only_and_the_same_command_gives_the_same_bytes(tmp_path):
+    flags = f"exp_plateau.py {SMALL} --difficulty 2 inf --out {tmp_path}"
+    run(flags)
+    first = (tmp_path / "metrics.json").read_text()
+    assert "--overwrite" in run(flags, expect=2).stderr
+    assert "--overwrite" in run(f"{flags} --resume --overwrite", expect=2).stderr
+    assert (tmp_path / "metrics.json").read_text() == first
+    run(f"{flags} --overwrite")
+    again = (tmp_path / "metrics.json").read_text()
+    without = lambda text: re.sub(r'"overwrite": (true|false)|"environment": {[^}]*}', "", text)
+    assert without(again) == without(first) != first
+    for text in ("", "[]", '{"script": "exp_plateau.py", "finished": true}', first.replace('"runs"', '"ruins"')):
+        (tmp_path / "metrics.json").write_text(text)
+        said = run(f"exp_plateau.py --replot --out {tmp_path}", expect=2).stderr.splitlines()
+        assert len(said) == 1 and "--replot" in said[0]
+
+
+def test_full_disk_and_full_memory_are_one_line(tmp_path, monkeypatch):
+    flags = f"exp_plateau.py {SMALL} --difficulty inf --out {tmp_path}"
+    run(f"{flags} --max-minutes 0")
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def failing(error):
+        def fail(*_, **__):
+            raise error
+
+        return fail
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", failing(OSError(28, "No space left on device")))
+        said = run(f"{flags} --resume", expect=2).stderr.splitlines()
+    assert len(said) == 1 and "--out" in said[0] and "No space left" in said[0]
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before and not [*tmp_path.glob(".*")]
+    monkeypatch.setattr(GPT, "forward", failing(torch.OutOfMemoryError("CUDA out of memory")))
+    said = run(f"{flags} --overwrite", expect=2).stderr.splitlines()
+    assert len(said) == 1 and "--runs-per-program" in said[0]
 
 
 def weights_of(folder: Path, checkpoint: str = "checkpoint.pt") -> dict:
@@ -846,7 +973,7 @@ def test_several_sizes_make_several_programs(tmp_path):
     (tmp_path / "checkpoint-0-1.pt").unlink()
     run(f"{flags} --resume")
     assert science(tmp_path) == whole
-    done = run(f"{flags} --max-minutes 0")  # stops in the first size
+    done = run(f"{flags} --max-minutes 0 --overwrite")  # stops in the first size
     assert len(science(tmp_path)["runs"]) == 4 and not science(tmp_path)["finished"] and "--resume" in done.stdout
     assert "--resume" in run(f"exp_mixture.py --replot --out {tmp_path}", expect=2).stderr
     assert not (tmp_path / "checkpoint-0-1.pt").exists()  # of the earlier command: may not be taken for this one's
@@ -897,6 +1024,12 @@ COMMON = [
     ("--replot", "--replot"),
     ("--no-such-flag", "--no-such-flag"),
     ("--out requirements.txt/x", "--out"),
+    ("--max-minutes nan", "--max-minutes"),
+    ("--lr", "--lr"),
+    ("--steps 1e3", "--steps"),
+    ("--factors 4 4", "--factors"),
+    ("--code-gain inf", "--code-gain"),
+    ("--precision fp8", "--precision"),
 ]
 OWN = [
     ("exp_warmup.py", "--switch 12", "--switch"),
