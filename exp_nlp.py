@@ -34,11 +34,13 @@ ARMS = ("baseline", "warmup", "mixture", "weights", "context", "norm")
 PAD, UNKNOWN, STOP, FIRST = range(4)  # every text ends in STOP, where its label is predicted; words are numbered from FIRST
 
 SCALES = {  # defaults only: any flag overrides them
-    "laptop": dict(difficulty=[8], lr=[2e-3], weight=1.0, switch=400, words=11, vocabulary=1000, steps=1000, batch=24, pairs=6,
-                   n_layer=3, n_head=2, d_model=32, evaluations=100, probes=5),
-    "paper": dict(difficulty=[20000], lr=[1e-4], weight=0.1, switch=3905, words=32, vocabulary=8000, steps=46860, batch=128, pairs=20,
-                  n_layer=12, n_head=4, d_model=128, evaluations=240, probes=30),
+    "laptop": dict(arm=["baseline", "weights", "norm"], difficulty=[8], lr=[1e-3], weight=1.0, switch=400, words=11, vocabulary=1000,
+                   steps=1500, batch=48, pairs=8, n_layer=3, n_head=2, d_model=64, evaluations=100, probes=5),
+    "paper": dict(arm=list(ARMS), difficulty=[20000], lr=[1e-4], weight=0.1, switch=3905, words=32, vocabulary=8000,
+                  steps=46860, batch=128, pairs=20, n_layer=12, n_head=4, d_model=128, evaluations=240, probes=30),
 }  # fmt: skip
+WORDSELECT = dict(arm=["baseline", "weights", "context", "norm"], difficulty=[1.0])  # there is no mapping to ease
+WORDSELECT_LAPTOP = dict(lr=[2e-3], steps=1000, batch=24, pairs=6, d_model=32)
 
 
 def arguments() -> argparse.Namespace:
@@ -59,7 +61,7 @@ def arguments() -> argparse.Namespace:
     run.add_argument("--runs-per-program", type=int, default=0, help="split what does not fit in memory; 0 = all runs in one program")
     exp = parser.add_argument_group("experiment")
     exp.add_argument("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, one or several; inf = always fresh")
-    exp.add_argument("--arm", choices=ARMS, nargs="+", help="strategies to compare (default: all; word selection has no mapping to ease)")
+    exp.add_argument("--arm", choices=ARMS, nargs="+", help="strategies to compare (laptop: baseline weights norm)")
     exp.add_argument("--switch", type=int, help="warmup: steps on one mapping")
     exp.add_argument("--fraction", type=float, default=0.5, help="mixture: part of every batch on one mapping (default 0.5)")
     exp.add_argument("--weight", type=float, help="of the weights and context losses")
@@ -68,7 +70,7 @@ def arguments() -> argparse.Namespace:
     exp.add_argument("--text", choices=("grammar", "wordselect"), default="grammar", help="made here (default grammar)")
     exp.add_argument("--conllu", nargs="+", help="treebank files instead; attributes from the annotation")
     exp.add_argument("--tsv", help="tab-separated file instead, with a header; column text, every other column an attribute")
-    exp.add_argument("--ask", nargs="+", help="attributes that may be asked (grammar: subject tense sentiment; otherwise all)")
+    exp.add_argument("--ask", nargs="+", help="attributes that may be asked (grammar: tense sentiment; otherwise all)")
     exp.add_argument("--texts", type=int, default=20_000, help="how many the grammar or word selection makes (default 20000)")
     exp.add_argument("--words", type=int, help="texts are cut after this many words")
     exp.add_argument("--vocabulary", type=int, help="commonest words of the training part that are kept")
@@ -82,12 +84,10 @@ def arguments() -> argparse.Namespace:
     exp.add_argument("--probes", type=int, help="times the states are probed, after the start")
     args = parser.parse_args()
     select = args.text == "wordselect" and not (args.conllu or args.tsv)
-    if select and args.difficulty is None:
-        args.difficulty = [1.0]
-    for name, value in SCALES[args.scale].items():
+    defaults = SCALES[args.scale] | (WORDSELECT if select else {}) | (WORDSELECT_LAPTOP if select and args.scale == "laptop" else {})
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.arm = args.arm or [arm for arm in ARMS if not (select and arm in ("warmup", "mixture"))]
     probes.check(args)
     if args.conllu and args.tsv:
         raise UsageError("--tsv: give either --conllu or --tsv")
@@ -402,7 +402,7 @@ def texts(args: argparse.Namespace, device, least: float = 0.04) -> Items:
             say(f"  {name}: left out, {trouble}")
     if not kept:
         raise UsageError(f"{flag}: no attribute has two values of at least {least:.0%} of the texts each, in both parts; give more text")
-    ask = args.ask or (["subject", "tense", "sentiment"] if flag == "--text" else list(kept))
+    ask = args.ask or (["tense", "sentiment"] if flag == "--text" else list(kept))
     values, table, test = np.stack(list(kept.values()), 1)[good], table[good], test[good]
     parts = np.flatnonzero(~test), np.flatnonzero(test)
     if min(map(len, parts)) < 4 * args.pairs:

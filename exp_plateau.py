@@ -21,9 +21,9 @@ from model import GPT, Adam, Config, autocast, compile_blocks, pick_device
 from tasks import FACTORS, SIZES, Regression, image, mappings, parse_difficulty, render, sequence_numbers, shapes
 
 SCALES = {  # defaults only: any flag overrides them
-    ("shapes", "laptop"): dict(difficulty=[1, 8, 64, math.inf], lr=[2e-3], embedding="code",
-                               factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5, sequences=0, steps=2500, batch=48,
-                               pairs=12, n_layer=3, n_head=2, d_model=64, evaluations=100, probes=10),
+    ("shapes", "laptop"): dict(difficulty=[1, 8, math.inf], lr=[2e-3], embedding="code",
+                               factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5, sequences=0, steps=1800, batch=48,
+                               pairs=12, n_layer=3, n_head=2, d_model=64, evaluations=100, probes=5),
     ("shapes", "paper"): dict(difficulty=[1, 10, 100, 1000, 5000, 20000, math.inf], lr=[1e-4], embedding="code",
                               factors=SIZES, ask=FACTORS, code_width=768, code_gain=2.5, sequences=100_000, steps=46860, batch=128,
                               pairs=40, n_layer=12, n_head=4, d_model=128, evaluations=240, probes=30),

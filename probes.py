@@ -403,6 +403,9 @@ class Record:
             if self.world.n_label:
                 row["accuracy"], row["accuracy_by_position"] = accuracy[r], number(self.accuracy_by_position[r].tolist())
                 row["fresh_accuracy"] = number(self.fresh_accuracy[r].item())
+            else:  # at the last position, in squared error / d
+                best = level["least_squares_loss_by_position"][-1]
+                row["gap_to_least_squares"] = number(self.loss_by_position[r, -1].item() - best)
             row["headline_block"] = self.block
             row["initial_weights_score"] = row["weights_score"][0][self.block]
             row["final_weights_score"] = row["weights_score"][-1][self.block]

@@ -14,6 +14,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -50,6 +51,7 @@ from tasks import (
 )  # fmt: skip
 
 HERE = Path(__file__).parent
+README = (HERE / "README.md").read_text()
 TINY = dict(d_x=6, d_y=3, n_pair=4, n_layer=2, n_head=2, d_model=8)
 FEW = (4, 3, 2, 1, 2, 3)
 
@@ -711,8 +713,9 @@ SMALL = f"{TRAIN} --pairs 4 --factors 3 3 2 2 1 1 --ask floor_hue wall_hue --cod
 OWN_FLAGS = {"exp_warmup.py": "--switch 0 5", "exp_mixture.py": "--fraction 0 0.5", "exp_nlp.py": "--switch 5 --texts 1500"}
 
 
-def run(command: str, expect: int = 0, fresh: bool = False) -> subprocess.CompletedProcess:
-    """A command line, in this process (which saves importing torch again) or in a fresh one."""
+def run(command: str, expect: int = 0, fresh=False, exact=False, figure=False) -> subprocess.CompletedProcess:
+    """A command line, in a fresh process or, saving the import of torch, in this one; there with small probes unless exact,
+    and without drawing unless a figure is asked for."""
     words = shlex.split(command)
     if fresh:
         done = subprocess.run([sys.executable, *words], cwd=HERE, capture_output=True, text=True)
@@ -721,6 +724,11 @@ def run(command: str, expect: int = 0, fresh: bool = False) -> subprocess.Comple
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(error):
             patch.chdir(HERE)
             patch.setattr(sys, "argv", words)
+            if not exact:
+                patch.setattr(probes.Prober.__init__, "__defaults__", (256, 64))  # items, sequences
+                patch.setattr(probes, "PROBE_STEPS", 40)
+            if not figure:
+                patch.setattr(probes, "save_figure", lambda path, figure: plt.close(figure))
             try:
                 importlib.import_module(words[0][:-3]).main()
             except SystemExit as stop:
@@ -731,8 +739,9 @@ def run(command: str, expect: int = 0, fresh: bool = False) -> subprocess.Comple
 
 
 def science(folder: Path) -> dict:
-    """metrics.json without what may differ between two equal runs."""
+    """metrics.json without what may differ between two equal runs; every key of a run has its line in the README."""
     metrics = json.loads((folder / "metrics.json").read_text())
+    assert all(f"`{key}`" in README for run in metrics["runs"] for key in run)
     return {key: value for key, value in metrics.items() if key not in ("environment", "args")}
 
 
@@ -745,12 +754,12 @@ def test_exp_plateau_end_to_end_and_resume_equals_unbroken(tmp_path):
     one = whole["runs"][0]
     assert len(one["steps"]) == len(one["loss"]) == 5 and len(one["weights_score"]) == len(one["probe_steps"]) == 3
     assert one["loss"][-1] != one["loss"][0] and len(one["spread"][0]) == 2 and set(whole["reference"]) == {"2", "inf"}
-    run(f"{flags} --out {tmp_path}/b --max-minutes 0")
+    run(f"{flags} --out {tmp_path}/b --max-minutes 0", exact=True)
     assert not science(tmp_path / "b")["finished"]
-    run(f"{flags} --out {tmp_path}/b --resume")
+    run(f"{flags} --out {tmp_path}/b --resume", exact=True)
     assert science(tmp_path / "b") == whole
     (tmp_path / "a" / "figure.png").unlink()
-    run(f"exp_plateau.py --replot --out {tmp_path}/a")
+    run(f"exp_plateau.py --replot --out {tmp_path}/a", figure=True)
     assert (tmp_path / "a" / "figure.png").stat().st_size > 20_000
     wrong = run(f"{flags} --out {tmp_path}/b --resume --batch 5", expect=2)
     assert "--batch" in wrong.stderr and science(tmp_path / "b") == whole
@@ -761,8 +770,8 @@ def test_exp_plateau_end_to_end_and_resume_equals_unbroken(tmp_path):
 
 def test_splitting_the_runs_over_programs_or_processes_changes_nothing(tmp_path):
     flags = f"exp_plateau.py {SMALL} --difficulty 2 inf"
-    run(f"{flags} --out {tmp_path}/one")
-    run(f"{flags} --out {tmp_path}/split --runs-per-program 3")
+    run(f"{flags} --out {tmp_path}/one", exact=True)
+    run(f"{flags} --out {tmp_path}/split --runs-per-program 3", exact=True)
     assert science(tmp_path / "split") == science(tmp_path / "one")
     done = run(f"-m torch.distributed.run --nproc_per_node=2 {flags} --out {tmp_path}/two", fresh=True)
     linear = f"exp_plateau.py {TRAIN} --task linear --difficulty 2 3"
@@ -813,7 +822,7 @@ print("ended early:", ended)
 def test_killed_at_any_moment_a_training_resumes_to_the_same_numbers(tmp_path):
     """Twenty kills were tried by hand; the last start is left alone."""
     flags = f"exp_plateau.py {SMALL} --steps 40 --evaluations 40 --difficulty inf"
-    run(f"{flags} --out {tmp_path}/whole")
+    run(f"{flags} --out {tmp_path}/whole", exact=True)
     (tmp_path / "killed").mkdir()
     words = [sys.executable, "-c", KILLED, f"{tmp_path}/killed", "6", *shlex.split(flags)]
     done = subprocess.run(words, cwd=HERE, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -981,11 +990,11 @@ def test_several_sizes_make_several_programs(tmp_path):
 
 @pytest.mark.parametrize("script, arms", [("exp_plateau.py", 1), ("exp_aux_loss.py", 3)])
 def test_linear_regression_end_to_end(script, arms, tmp_path):
-    run(f"{script} {TRAIN} --task linear --difficulty 2 3 --out {tmp_path}")
+    run(f"{script} {TRAIN} --task linear --difficulty 2 3 --out {tmp_path}", figure=True)
     metrics = science(tmp_path)
     assert len(metrics["runs"]) == 2 * 2 * arms and (tmp_path / "figure.png").exists()
     one = metrics["runs"][0]
-    assert "accuracy" not in one and len(one["loss_by_position"]) == 7 and "least_squares_loss" in metrics["reference"]["3"]
+    assert "accuracy" not in one and len(one["loss_by_position"]) == 7 and one["gap_to_least_squares"] > 0
     assert metrics["weights_score_is"].startswith("normalised error") and len(one["weights_score"][0]) == 2
     assert len({tuple(run["loss"]) for run in metrics["runs"]}) == len(metrics["runs"])  # every run went its own way
 
@@ -994,7 +1003,7 @@ def test_exp_nlp_end_to_end(tmp_path):
     made_conllu(tmp_path / "made.conllu")
     sources = {"grammar": "", "wordselect": "--text wordselect", "tsv": f"--tsv {made_tsv(tmp_path / 'made.tsv')}"}
     for name, flags in sources.items():
-        run(f"exp_nlp.py {TRAIN} --pairs 4 --switch 5 --texts 1500 {flags} --out {tmp_path}/{name}", fresh=name == "tsv")
+        run(f"exp_nlp.py {TRAIN} --pairs 4 --switch 5 --texts 1500 {flags} --out {tmp_path}/{name}", fresh=name == "tsv", figure=True)
         metrics = science(tmp_path / name)
         assert (tmp_path / name / "figure.png").exists() and len(metrics["runs"]) == (8 if name == "wordselect" else 12)
         assert len({tuple(run["loss"]) for run in metrics["runs"]}) == len(metrics["runs"])
@@ -1100,19 +1109,43 @@ def test_wrong_input_ends_in_one_line_that_names_the_flag(script, flags, named, 
     assert not (tmp_path / "x" / "metrics.json").exists()
 
 
-COMMANDS = re.findall(r"^ *(?:python )(exp_\w+\.py[^\n#]*)", (HERE / "README.md").read_text(), re.M)
+COMMANDS = re.findall(r"^ *(?:python )(exp_\w+\.py[^\n#]*)", README, re.M)
+DIFFS = re.findall(r"```diff\n--- (\w+)\.py\n\+\+\+ (\w+)\.py\n(.*?)```", README, re.S)
+TABLES = re.findall(r"<!-- (assets/\w+\.json) -->\n((?:\|.*\n)+)", README)
 
 
-def test_the_readme_has_commands():
-    assert len(COMMANDS) >= 2
+def test_the_readme_has_commands_diffs_and_tables():
+    assert len(COMMANDS) >= 10 and len(DIFFS) == 3 and len(TABLES) >= 5
 
 
-@pytest.mark.parametrize("command", sorted(set(COMMANDS)))
+@pytest.mark.parametrize("command", sorted({c.strip() for c in COMMANDS if (HERE / c.split()[0]).exists()}))
 def test_every_command_of_the_readme_runs(command, tmp_path):
-    script, _, flags = re.sub("--(steps|seeds) [0-9]+", "", command.strip()).partition(" ")
+    script, _, flags = re.sub("--(steps|seeds) [0-9]+", "", command).partition(" ")
     small = TRAIN if "--task linear" in flags else f"{TRAIN} --pairs 4" if script == "exp_nlp.py" else SMALL
     if "--conllu" in flags:  # the reader's own file
         made_conllu(tmp_path / "made.conllu")
         flags = re.sub(r"--conllu \S+", f"--conllu {tmp_path}/made.conllu", flags)
-    run(f"{script} {small} {flags} {OWN_FLAGS.get(script, '')} --out {tmp_path}")
+    run(f"{script} {small} {flags} {OWN_FLAGS.get(script, '')} --out {tmp_path}", figure=True)
     assert (tmp_path / "figure.png").exists()
+
+
+@pytest.mark.parametrize("script, mine, diff", DIFFS)
+def test_every_edit_of_the_readme_applies_to_a_copied_script_and_runs(script, mine, diff, tmp_path, monkeypatch):
+    code_ = (HERE / f"{script}.py").read_text()
+    for hunk in re.split(r"^@@.*\n", diff, flags=re.M):
+        lines = hunk.splitlines()
+        old, new = ("\n".join(line[1:] for line in lines if line[:1] != other) for other in "+-")
+        assert code_.count(old) == 1, old
+        code_ = code_.replace(old, new)
+    (tmp_path / f"{mine}.py").write_text(code_)
+    monkeypatch.syspath_prepend(tmp_path)
+    (flags,) = re.findall(rf"^python {mine}\.py(.*)$", README, re.M)
+    run(f"{mine}.py {SMALL} {OWN_FLAGS.get(script + '.py', '')} {flags} --out {tmp_path}/out")
+    assert science(tmp_path / "out")["finished"]
+
+
+@pytest.mark.parametrize("path, table", TABLES)
+def test_every_table_of_the_readme_is_its_json(path, table):
+    metrics = json.loads((HERE / path).read_text())
+    assert probes.table(metrics) == table.strip()
+    assert metrics["summary"] == probes.summarise(metrics["runs"])
