@@ -1,6 +1,6 @@
 """Extra losses on the plateau (claim 7; the paper's Fig. 5C), the controls that could explain them away, and `norm`, our own.
 
-    python exp_aux_loss.py                                              hardest task, all losses, laptop scale
+    python exp_aux_loss.py                                              hardest task, laptop scale
     python exp_aux_loss.py --loss none weights:0.1 weights:1 norm       a weight after the colon
     python exp_aux_loss.py --loss none weights norm weights+norm        losses added up
     python exp_aux_loss.py --lr 5e-4 1e-3 2e-3                          every arm also at its own best learning rate

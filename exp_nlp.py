@@ -1,6 +1,6 @@
 """The same on text (claim 9), and word selection, the language model's own observation (claim 10).
 
-    python exp_nlp.py                              sentences of a small grammar, all arms, laptop scale
+    python exp_nlp.py                              sentences of a small grammar, laptop scale
     python exp_nlp.py --text wordselect            which of the listed words is meant?
     python exp_nlp.py --conllu FILE.conllu         any Universal Dependencies treebank, any language
     python exp_nlp.py --tsv FILE.tsv               column `text`, every other column an attribute
@@ -35,7 +35,7 @@ PAD, UNKNOWN, STOP, FIRST = range(4)  # every text ends in STOP, where its label
 
 SCALES = {  # defaults only: any flag overrides them
     "laptop": dict(arm=["baseline", "weights", "norm"], difficulty=[8], lr=[1e-3], weight=1.0, switch=400, words=11, vocabulary=1000,
-                   steps=1500, batch=48, pairs=8, n_layer=3, n_head=2, d_model=64, evaluations=100, probes=5),
+                   steps=1000, batch=48, pairs=8, n_layer=3, n_head=2, d_model=64, evaluations=100, probes=5),
     "paper": dict(arm=list(ARMS), difficulty=[20000], lr=[1e-4], weight=0.1, switch=3905, words=32, vocabulary=8000,
                   steps=46860, batch=128, pairs=20, n_layer=12, n_head=4, d_model=128, evaluations=240, probes=30),
 }  # fmt: skip
@@ -61,7 +61,7 @@ def arguments() -> argparse.Namespace:
     run.add_argument("--runs-per-program", type=int, default=0, help="split what does not fit in memory; 0 = all runs in one program")
     exp = parser.add_argument_group("experiment")
     exp.add_argument("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, one or several; inf = always fresh")
-    exp.add_argument("--arm", choices=ARMS, nargs="+", help="strategies to compare (laptop: baseline weights norm)")
+    exp.add_argument("--arm", choices=ARMS, nargs="+", help="strategies to compare (laptop: baseline weights norm; paper: all)")
     exp.add_argument("--switch", type=int, help="warmup: steps on one mapping")
     exp.add_argument("--fraction", type=float, default=0.5, help="mixture: part of every batch on one mapping (default 0.5)")
     exp.add_argument("--weight", type=float, help="of the weights and context losses")
@@ -402,7 +402,7 @@ def texts(args: argparse.Namespace, device, least: float = 0.04) -> Items:
             say(f"  {name}: left out, {trouble}")
     if not kept:
         raise UsageError(f"{flag}: no attribute has two values of at least {least:.0%} of the texts each, in both parts; give more text")
-    ask = args.ask or (["tense", "sentiment"] if flag == "--text" else list(kept))
+    ask = args.ask or [name for name in ("tense", "sentiment") if flag == "--text" and name in kept] or list(kept)
     values, table, test = np.stack(list(kept.values()), 1)[good], table[good], test[good]
     parts = np.flatnonzero(~test), np.flatnonzero(test)
     if min(map(len, parts)) < 4 * args.pairs:

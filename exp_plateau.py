@@ -214,7 +214,7 @@ def plot(metrics: dict, path: Path) -> None:
                   **{"facecolor": colours[run["difficulty"]], **shape})  # fmt: skip
     e.axvspan(*((0, max(e.get_xlim()[1], 0.02)) if linear else (min(e.get_xlim()[0], -0.02), 0)), color="tab:red", alpha=0.07, lw=0)
     found = metrics["weights_score_change_against_plateau_length"]
-    e.set(title=f"(e) Plateau against weights component: rank corr. {found['rho']}, n = {found['n']}",
+    e.set(title=f"(e) Plateau against weights score: rho = {found['rho']}, n = {found['n']}",
           xlabel="weights score, end minus start", ylabel="plateau length (steps)", ylim=(0, 1.08 * budget))  # fmt: skip
     e.text(0.02, 0.97, "\u25b3 = still on the plateau at the end", transform=e.transAxes, va="top", fontsize=8)
 

@@ -41,6 +41,7 @@ matplotlib.use("Agg")  # figures go to files
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 
 BEGAN = time.perf_counter()  # of the command, for --max-minutes
+CAUGHT: list[int] = []  # Ctrl-C or SIGTERM: the step is finished and saved first
 SAVE_SECONDS = 60  # between two checkpoints
 PROBE_STEPS, PROBE_BATCH, PROBE_RATE = 782, 128, 1e-3  # steps and rate of the paper; a small world is passed over many times
 ESCAPE = 0.8  # of the best loss without context: Kim et al. (arXiv 2410.05448); a learner of the label set alone stays above
@@ -232,7 +233,7 @@ class Record:
         self.settings |= {key: jsonable(value) for key, value in vars(args).items() if key not in self.may_change}
         evaluations = min(args.evaluations, args.steps)
         self.due = sorted({round(i * args.steps / evaluations) for i in range(evaluations + 1)})
-        self.due_probes = set(self.due[:: max(1, args.evaluations // args.probes)]) | {args.steps}
+        self.due_probes = set(self.due[:: max(1, evaluations // args.probes)]) | {args.steps}
         device, difficulty = next(model.parameters()).device, [run["difficulty"] for run in runs]
         seed = torch.tensor([run["seed"] for run in runs], device=device)
         known = {key: world.references(*key, args.pairs) for key in dict.fromkeys(zip(seed.tolist(), difficulty))}
@@ -258,50 +259,56 @@ class Record:
     def training_steps(self):
         """The steps to train, one by one. In between: measure, print, save a checkpoint every minute, stop at the time limit.
 
-        Ctrl-C and SIGTERM: the step is finished, a checkpoint saved, and the process ends with code 130 or 143; at once the second time.
+        Ctrl-C and SIGTERM: the step is finished, a checkpoint saved, and the process ends with code 130 or 143; a second Ctrl-C ends it
+        at once.
         """
-        first = self.load_checkpoint(self.path) if self.args.resume else 0
+        if self.args.resume:
+            first = self.load_checkpoint(self.path)
+        else:
+            first = 0
+            if self.path.stem.endswith(("checkpoint", "-0")):  # the first program of this process
+                for old in earlier_files(self.path.parent):
+                    old.unlink(missing_ok=True)
         if not RANK:
             print(f"{len(self.runs)} runs x {self.budget} steps: {self.settings}", flush=True)
-        if not self.args.resume and self.path.stem.endswith("-0"):  # what an earlier command left of later programs
-            for old in self.path.parent.glob(f"{self.path.stem[:-1]}*.pt"):
-                old.unlink()
-        caught: list[int] = []
-
-        def catch(number, _):
-            caught.append(number)
-            signal.signal(number, before[number])
-
-        before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+        CAUGHT.clear()
+        before = {number: signal.signal(number, self.catch) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            yield from self.steps_from(first, caught)
+            yield from self.steps_from(first)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def steps_from(self, first: int, caught: list[int]):
-        began, before, saved = time.perf_counter(), self.seconds["total"], -math.inf
+    def catch(self, number: int, _) -> None:
+        CAUGHT.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+            os.write(2, b"finishing this step; Ctrl-C again to stop at once\n")
+
+    def steps_from(self, first: int):
+        began, before, saved = time.perf_counter(), self.seconds["total"], -math.inf  # the first save at once: what dies early can resume
         for step in range(first, self.budget + 1):
-            due, stop = step in self.due, step == self.budget
-            if due and step not in self.steps:
+            stop = step == self.budget
+            if step in self.due and step not in self.steps and not CAUGHT:
                 self.measure(step)
-                self.seconds["total"] = before + time.perf_counter() - began
                 line = self.line(first, time.perf_counter() - began)
                 if not RANK:
                     print(line, flush=True)
                 stop = stop or (step > first and time.perf_counter() - BEGAN > 60 * self.args.max_minutes)
-            if stop or caught or (due and time.perf_counter() - saved > SAVE_SECONDS):  # the first at once: what dies early can be resumed
+            if stop or CAUGHT or time.perf_counter() - saved > SAVE_SECONDS:
+                self.seconds["total"] = before + time.perf_counter() - began
                 self.save_checkpoint(self.path, step)
                 saved = time.perf_counter()
-            if caught:
-                print(f"stopped at step {step}: the same command with --resume goes on", flush=True)
-                sys.exit(128 + caught[0])
+            if CAUGHT:
+                if not RANK:
+                    print(f"stopped at step {step}: the same command with --resume goes on", file=sys.stderr)
+                sys.exit(128 + CAUGHT[0])
             if stop:
                 return
             yield step
 
     def measure(self, step: int) -> None:
-        """Evaluate all runs, and probe them when it is time; nothing leaves the device."""
+        """Evaluate all runs, and probe them when it is time; the numbers stay on the device."""
         self.loss_by_position, self.accuracy_by_position = evaluate(self.model, self.world, self.held_out)
         loss = self.loss_by_position.mean(1)
         broken = ~loss.isfinite()  # a run that blew up has no accuracy and no score
@@ -346,19 +353,22 @@ class Record:
 
     def load_checkpoint(self, path: Path) -> int:
         """Restore everything; returns the step to go on from. UsageError if there is none or it is of other settings."""
-        damaged = UsageError(f"--resume: {path} is damaged or not of this script; remove it and start afresh")
+        damaged = UsageError(f"--resume: {path} is damaged or not of this script; start afresh with --overwrite")
         try:
             state = torch.load(path, map_location=self.held_out.x.device, weights_only=True)
             then, step = dict(state["settings"]), int(state["step"])
         except FileNotFoundError:
             raise UsageError(
-                f"--resume: no checkpoint at {path}; use the same flags and processes, or leave --resume out to start afresh"
+                f"--resume: no checkpoint at {path}; use the same flags and processes, or start afresh with --overwrite"
             ) from None
+        except (OSError, MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception:
             raise damaged from None
         other = [key for key in self.settings | then if self.settings.get(key) != then.get(key)]
         if other:
-            flags = ", ".join(f"--{key.replace('_', '-')} (then {then.get(key)}, now {self.settings.get(key)})" for key in other)
+            named = lambda key: key if key in ("script", "processes") else f"--{key.replace('_', '-')}"
+            flags = ", ".join(f"{named(key)} (then {then.get(key)}, now {self.settings.get(key)})" for key in other)
             raise UsageError(f"--resume: the checkpoint was made with other settings: {flags}; use the same flags or another --out")
         try:
             self.model.load_state_dict(state["model"])
@@ -445,22 +455,19 @@ def command(arguments, runs_of, train, plot, conclude=lambda metrics: {}) -> Non
                 return
             save_json(out / "metrics.json", metrics | conclude(metrics))
         metrics = read_metrics(out)
-        try:
-            print(table(metrics))
-            plot(metrics, out / "figure.png")
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            if not args.replot or isinstance(error, UsageError):
-                raise
-            raise UsageError(f"--replot: metrics.json in {out} is not what this script writes; train again") from None
+        print(table(metrics))
+        plot(metrics, out / "figure.png")
         return
     except (UsageError, OSError) as error:  # OSError: a folder that torch or the system keeps its own files in
         message = f"error: {error}"
     except (RuntimeError, MemoryError) as error:
         words = str(error)
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in words:
-            message = "error: out of memory; cut the figure into several programs with --runs-per-program, or make --batch smaller"
+        if CAUGHT:  # Ctrl-C reached the compiler as well
+            message, code = "interrupted", 128 + CAUGHT[0]
+        elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in words:
+            message = "error: out of memory; add --overwrite and --runs-per-program (several programs) or a smaller --batch"
         elif type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-            message = f"error: torch.compile failed ({words.splitlines()[0]}); train without it: --no-compile"
+            message = f"error: torch.compile failed ({words.splitlines()[0]}); add --overwrite and --no-compile"
         else:
             raise
     except KeyboardInterrupt:
@@ -512,7 +519,7 @@ def train_programs(args, runs: list[dict], train) -> dict | None:
     metrics["reference"] = {key: mean(group) for key, group in levels.items()}
     metrics["runs"] = [run for _, run, _ in ordered]
     scores = [part["raw_embedding_score"] for part in parts for _ in part["runs"]]
-    metrics["raw_embedding_score"] = None if None in scores else number(statistics.mean(scores))
+    metrics["raw_embedding_score"] = None if None in scores else number(statistics.mean(scores), 4)
     metrics["summary"] = summarise(metrics["runs"]) if metrics["finished"] else []
     metrics = {key: value for key, value in metrics.items() if key not in ("levels", "numbers")}
     if not metrics["finished"]:
@@ -547,12 +554,12 @@ def summarise(runs: list[dict], baseline: str = "baseline") -> list[dict]:
     groups = {group: [run for run in runs if key(run) == group] for group in dict.fromkeys(map(key, runs))}
     rows = []
     for group, mine in groups.items():
-        changes = [round(value, 4) for value in map(score_change, mine) if value is not None]
+        changes = [value if value is None else round(value, 4) for value in map(score_change, mine)]  # None: diverged
         rows.append({
             "arm": group[0], "difficulty": group[1], "lr": group[2], "size": group[3], "n": len(mine),
             "plateau_length_median": median(list(map(budgeted_length, mine))),
             "plateau_lengths": [run["plateau_length"] for run in mine], "censored": sum(run["censored"] for run in mine),
-            "weights_score_change_median": median(changes), "weights_score_changes": changes,
+            "weights_score_change_median": median([value for value in changes if value is not None]), "weights_score_changes": changes,
             "final_loss_median": number(median([math.inf if run["loss"][-1] is None else run["loss"][-1] for run in mine])),
         })  # fmt: skip
     best = {}
@@ -586,7 +593,7 @@ def table(metrics: dict) -> str:
         "plateau length, every seed": lambda row: steps(row["plateau_lengths"]),
         "median": lambda row: f"{row['plateau_length_median']:,.0f}",
         "never": lambda row: f"{row['censored']} of {row['n']}",
-        f"{score}, end minus start": lambda row: " ".join(f"{v:+.3f}" for v in row["weights_score_changes"]),
+        f"{score}, end minus start": lambda row: " ".join("-" if v is None else f"{v:+.3f}" for v in row["weights_score_changes"]),
     }
     if wide("arm"):
         same = lambda row: [r["paired_differences"] for r in rows if all(r[k] == row[k] for k in ("arm", "difficulty", "size"))]
@@ -720,15 +727,15 @@ def write_aside(path: Path, write) -> None:
     try:
         write(aside)
         os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # torch.save calls a full disk a RuntimeError
-        reason = getattr(error, "strerror", None) or "disk full?"
+    except (OSError, RuntimeError) as error:  # RuntimeError: what torch.save makes of a full disk
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise UsageError(f"--out {path.parent}: {path.name} cannot be written ({reason}); make room or choose another folder") from None
     finally:
         aside.unlink(missing_ok=True)
 
 
 def save_figure(path: Path, figure) -> None:
-    write_aside(path, lambda aside: figure.savefig(aside, dpi=110))
+    write_aside(path, lambda aside: figure.savefig(aside, dpi=80))
     plt.close(figure)
 
 
@@ -745,11 +752,16 @@ def prepare_out(args) -> None:
         (out / f"writable-{RANK}").unlink()
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
-    mine = "checkpoint*.pt" if PROCESSES == 1 else f"checkpoint-{RANK}-*.pt"  # other processes may have begun already
-    there = [*out.glob(mine), *([] if RANK else out.glob("metrics.json"))]
+    there = [*out.glob("metrics.json"), *(path for path in earlier_files(out) if path.suffix == ".pt")]
     if there and not (args.resume or args.overwrite):
         raise UsageError(f"--out {out}: {there[0].name} of an earlier training is there; choose another folder, go on with it (--resume), "
                          "or replace it (--overwrite)")  # fmt: skip
+
+
+def earlier_files(out: Path) -> list[Path]:
+    """What an earlier training left, of this process; other processes of torchrun may be writing theirs already."""
+    mine = ["checkpoint*.pt", ".checkpoint*.pt"] if PROCESSES == 1 else [f"checkpoint-{RANK}-*.pt", "checkpoint.pt"]
+    return [path for pattern in mine + ([] if RANK else ["metrics.json", "figure.png"]) for path in out.glob(pattern)]
 
 
 def read_metrics(out: Path) -> dict:
@@ -761,6 +773,8 @@ def read_metrics(out: Path) -> dict:
         raise UsageError(f"--replot: {out} holds the metrics of {metrics.get('script')}; give another --out")
     if not metrics.get("finished"):
         raise UsageError(f"--replot: the training in {out} is not finished; go on with --resume")
+    if not all(metrics.get(key) for key in ("args", "reference", "runs", "summary")):
+        raise UsageError(f"--replot: metrics.json in {out} is not what this script writes; train again")
     return metrics
 
 

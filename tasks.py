@@ -498,8 +498,11 @@ def keep(file: Path, table: np.ndarray) -> None:
     aside = file.with_suffix(f".{os.getpid()}.npy")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        np.save(aside, table)
-        os.replace(aside, file)
+        try:
+            np.save(aside, table)
+            os.replace(aside, file)
+        finally:
+            aside.unlink(missing_ok=True)
     except OSError as error:
         print(f"{file} cannot be written ({error.strerror}): made again the next time")
 
