@@ -1138,11 +1138,11 @@ def test_the_readme_has_commands_diffs_and_tables():
 
 @pytest.mark.parametrize("command", sorted({c.strip() for c in COMMANDS if (HERE / c.split()[0]).exists()}))
 def test_every_command_of_the_readme_runs(command, tmp_path):
-    script, _, flags = re.sub("--(steps|seeds) [0-9]+", "", command).partition(" ")
+    script, _, flags = re.sub("--(steps|seeds|probes|evaluations) [0-9]+", "", command).partition(" ")
     small = f"{TRAIN} --pairs 9" if "--task linear" in flags else f"{TRAIN} --pairs 4" if script == "exp_nlp.py" else SMALL
     if "--conllu" in flags:  # the reader's own file
         made_conllu(tmp_path / "made.conllu")
-        flags = re.sub(r"--conllu \S+", f"--conllu {tmp_path}/made.conllu", flags)
+        flags = re.sub(r"--conllu( \S+conllu)+", f"--conllu {tmp_path}/made.conllu", flags)
     run(f"{script} {small} {flags} {OWN_FLAGS.get(script, '')} --out {tmp_path}", figure=True)
     assert (tmp_path / "figure.png").exists()
 
