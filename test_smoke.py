@@ -803,23 +803,31 @@ def test_a_run_that_diverges_is_null_and_spares_the_others(tmp_path):
 
 KILLED = """
 import os, random, signal, sys, time
+import torch._dynamo
 import exp_plateau, probes
 probes.SAVE_SECONDS = 0  # a checkpoint at every step, so that many kills fall into its writing
 probes.Prober.__init__.__defaults__, probes.PROBE_STEPS = (256, 64), 40  # as run()
 random.seed(0)
 folder, kills, flags = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
-ended = resumed = 0
-for i in range(kills + 1):
-    begun = any(name.startswith("checkpoint") for name in os.listdir(folder))
-    resumed += begun
+
+def start(folder, more):
     child = os.fork()
     if not child:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.argv = flags + ["--out", folder] + (["--resume"] if begun else ["--overwrite"])
+        sys.argv = [*flags, "--out", folder, more]
         exp_plateau.main()
         os._exit(0)
+    return child
+
+began = time.time()
+os.waitpid(start(folder + "-timed", "--overwrite"), 0)
+whole, ended, resumed = time.time() - began, 0, 0
+for i in range(kills + 1):
+    begun = any(name.startswith("checkpoint") for name in os.listdir(folder))
+    resumed += begun
+    child = start(folder, "--resume" if begun else "--overwrite")
     if i < kills:
-        time.sleep(random.uniform(0.2, 2))
+        time.sleep(whole * random.uniform(0.1, 0.9))
         os.kill(child, signal.SIGKILL)
     ended += os.waitpid(child, 0)[1] != 0
 print(ended, resumed)
@@ -831,7 +839,7 @@ def test_killed_at_any_moment_a_training_resumes_to_the_same_numbers(tmp_path):
     flags = f"exp_plateau.py {SMALL} --steps 40 --evaluations 40 --difficulty inf"
     run(f"{flags} --out {tmp_path}/whole")
     (tmp_path / "killed").mkdir()
-    words = [sys.executable, "-c", KILLED, f"{tmp_path}/killed", "8", *shlex.split(flags)]
+    words = [sys.executable, "-c", KILLED, f"{tmp_path}/killed", "4", *shlex.split(flags)]
     done = subprocess.run(words, cwd=HERE, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     ended, resumed = map(int, done.stdout.split())
