@@ -48,8 +48,9 @@ SCALES = {  # defaults only: any flag overrides them
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [flags], explained by -h", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        usage="%(prog)s [flags], explained by -h", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=probes.defaults(SCALES), allow_abbrev=False
+    )  # fmt: skip
     run = parser.add_argument_group("run")
     run.add_argument("--seeds", type=int, default=3, help="runs per arm, seeds 0 .. n-1 (default 3)")
     run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
@@ -104,11 +105,13 @@ def parse_arm(text: str) -> str:
         if name not in LOSSES:
             raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(LOSSES)}")
         try:
-            fine = not colon or 0 <= float(weight) < math.inf
+            value = float(weight) if colon else 1.0
         except ValueError:
-            fine = False
-        if not fine:
-            raise argparse.ArgumentTypeError(f"{part!r}: the weight must be a number from 0 up, as in weights:0.1")
+            value = math.nan
+        if not 0 <= value < math.inf or (value == 0 and name in ("clip", "epsilon")):
+            raise argparse.ArgumentTypeError(f"{part!r}: the weight must be a number from 0 up (clip and epsilon: above 0)")
+        if name == "none" and text != "none":
+            raise argparse.ArgumentTypeError(f"{text!r}: none takes no weight and no second loss")
     return text
 
 

@@ -34,10 +34,11 @@ ARMS = ("baseline", "warmup", "mixture", "weights", "context", "norm")
 PAD, UNKNOWN, STOP, FIRST = range(4)  # every text ends in STOP, where its label is predicted; words are numbered from FIRST
 
 SCALES = {  # defaults only: any flag overrides them
-    "laptop": dict(arm=["baseline", "weights", "norm"], difficulty=[8], lr=[1e-3], weight=1.0, switch=400, words=11, vocabulary=1000,
-                   steps=1000, batch=48, pairs=8, n_layer=3, n_head=2, d_model=64, evaluations=100, probes=5),
-    "paper": dict(arm=list(ARMS), difficulty=[20000], lr=[1e-4], weight=0.1, switch=3905, words=32, vocabulary=8000,
-                  steps=46860, batch=128, pairs=20, n_layer=12, n_head=4, d_model=128, evaluations=240, probes=30),
+    "laptop": dict(arm=["baseline", "weights", "norm"], difficulty=[8], lr=[1e-3], weight=1.0, switch=400, text="grammar",
+                   texts=20_000, words=11, vocabulary=1000, steps=1000, batch=48, pairs=8,
+                   n_layer=3, n_head=2, d_model=64, evaluations=100, probes=5),
+    "paper": dict(arm=list(ARMS), difficulty=[20000], lr=[1e-4], weight=0.1, switch=3905, text="grammar", texts=20_000, words=32,
+                  vocabulary=8000, steps=46860, batch=128, pairs=20, n_layer=12, n_head=4, d_model=128, evaluations=240, probes=30),
 }  # fmt: skip
 WORDSELECT = dict(arm=["baseline", "weights", "context", "norm"], difficulty=[1.0])  # there is no mapping to ease
 WORDSELECT_LAPTOP = dict(lr=[2e-3], steps=1000, batch=24, pairs=6, d_model=32)
@@ -45,8 +46,9 @@ WORDSELECT_LAPTOP = dict(lr=[2e-3], steps=1000, batch=24, pairs=6, d_model=32)
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [flags], explained by -h", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        usage="%(prog)s [flags], explained by -h", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=probes.defaults(SCALES | {"laptop --text wordselect": WORDSELECT | WORDSELECT_LAPTOP}), allow_abbrev=False
+    )  # fmt: skip
     run = parser.add_argument_group("run")
     run.add_argument("--seeds", type=int, default=3, help="runs per arm, seeds 0 .. n-1 (default 3)")
     run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
@@ -67,11 +69,11 @@ def arguments() -> argparse.Namespace:
     exp.add_argument("--weight", type=float, help="of the weights and context losses")
     exp.add_argument("--norm-weight", type=float, default=0.01, help="of the norm loss (default 0.01)")
     exp.add_argument("--lr", type=float, nargs="+", help="Adam's learning rate, one or several")
-    exp.add_argument("--text", choices=("grammar", "wordselect"), default="grammar", help="made here (default grammar)")
+    exp.add_argument("--text", choices=("grammar", "wordselect"), help="made here (default grammar)")
     exp.add_argument("--conllu", nargs="+", help="treebank files instead; attributes from the annotation")
     exp.add_argument("--tsv", help="tab-separated file instead, with a header; column text, every other column an attribute")
     exp.add_argument("--ask", nargs="+", help="attributes that may be asked (grammar: tense sentiment; otherwise all)")
-    exp.add_argument("--texts", type=int, default=20_000, help="how many the grammar or word selection makes (default 20000)")
+    exp.add_argument("--texts", type=int, help="how many the grammar or word selection makes")
     exp.add_argument("--words", type=int, help="texts are cut after this many words")
     exp.add_argument("--vocabulary", type=int, help="commonest words of the training part that are kept")
     exp.add_argument("--steps", type=int, help="training steps, the budget")
@@ -83,7 +85,11 @@ def arguments() -> argparse.Namespace:
     exp.add_argument("--evaluations", type=int, help="points of a curve")
     exp.add_argument("--probes", type=int, help="times the states are probed, after the start")
     args = parser.parse_args()
-    select = args.text == "wordselect" and not (args.conllu or args.tsv)
+    select = args.text == "wordselect"
+    for given, unused in ((args.conllu or args.tsv, ("text", "texts")), (select, ("words", "vocabulary", "ask"))):
+        for name in unused:
+            if given and getattr(args, name) is not None:
+                raise UsageError(f"--{name}: has no meaning with {'--text wordselect' if select else 'your own texts'}; leave it out")
     defaults = SCALES[args.scale] | (WORDSELECT if select else {}) | (WORDSELECT_LAPTOP if select and args.scale == "laptop" else {})
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -93,8 +99,6 @@ def arguments() -> argparse.Namespace:
         raise UsageError("--tsv: give either --conllu or --tsv")
     if select and (args.difficulty != [1] or set(args.arm) & {"warmup", "mixture"}):
         raise UsageError("--text wordselect: has no mappings; leave out --difficulty and the arms (--arm) warmup and mixture")
-    if select and args.ask:
-        raise UsageError("--ask: --text wordselect always asks for any category; leave it out")
     if "warmup" in args.arm and not 0 <= args.switch < args.steps:
         raise UsageError(f"--switch {args.switch}: must lie inside the budget, 0 .. {args.steps - 1} (--steps)")
     if "mixture" in args.arm and not (0 <= args.fraction <= 1 and args.fraction * args.batch == round(args.fraction * args.batch)):

@@ -36,8 +36,9 @@ SCALES = {  # defaults only: any flag overrides them
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [flags], explained by -h", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        usage="%(prog)s [flags], explained by -h", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=probes.defaults(SCALES), allow_abbrev=False
+    )  # fmt: skip
     run = parser.add_argument_group("run")
     run.add_argument("--seeds", type=int, default=3, help="runs per arm, seeds 0 .. n-1 (default 3)")
     run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")

@@ -34,8 +34,9 @@ SCALES = {  # defaults only: any flag overrides them
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [flags], explained by -h", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        usage="%(prog)s [flags], explained by -h", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=probes.defaults(SCALES), allow_abbrev=False
+    )  # fmt: skip
     run = parser.add_argument_group("run")
     run.add_argument("--seeds", type=int, default=3, help="runs per arm, seeds 0 .. n-1 (default 3)")
     run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
@@ -75,8 +76,9 @@ def arguments() -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     probes.check(args)
-    if not all(0 <= step < args.steps for step in args.switch):
-        raise UsageError(f"--switch {max(args.switch)}: must lie inside the budget, 0 .. {args.steps - 1} (--steps)")
+    for step in args.switch:
+        if not 0 <= step < args.steps:
+            raise UsageError(f"--switch {step}: must lie inside the budget, 0 .. {args.steps - 1} (--steps)")
     if args.warmup_difficulty >= min(args.difficulty):
         raise UsageError(f"--warmup-difficulty {args.warmup_difficulty:g}: must be easier than every --difficulty")
     return args

@@ -22,6 +22,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -54,8 +55,7 @@ COMPLETE = 0.95  # of the Bayes accuracy; in regression: loss within 0.1 of the 
 @torch.no_grad()
 def evaluate(model, world, batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and accuracy by position, both (r, n), on a batch of sequences; regression has no accuracy (NaN)."""
-    with torch.compiler.set_stance("force_eager"):  # never compile again for a second shape
-        logits = model(batch.x, batch.y)
+    logits = model(batch.x, batch.y)
     loss = world.loss(logits, batch).mean(1)
     hit = (logits.argmax(-1) == batch.label).float().mean(1) if world.n_label else torch.full_like(loss, math.nan)
     return loss, hit
@@ -137,8 +137,7 @@ def states(model, x: torch.Tensor, y: torch.Tensor | None = None, mixing: str = 
     size = max(1, 65_000 // (len(x) * model.config.n_head))  # a GPU's attention kernels take no larger batch
     parts = zip(x.split(size, 1), y.split(size, 1) if y is not None else itertools.repeat(None))
     at_x = lambda hidden: torch.stack([model.at_x(h, with_labels=y is not None) for h in hidden], 1)
-    with torch.compiler.set_stance("force_eager"):
-        return torch.cat([at_x(model(*part, mixing=mixing, hidden=True)[1]) for part in parts], 2).nan_to_num()
+    return torch.cat([at_x(model(*part, mixing=mixing, hidden=True)[1]) for part in parts], 2).nan_to_num()
 
 
 class Prober:
@@ -383,6 +382,10 @@ class Record:
         """The runs of metrics.json."""
         loss, accuracy = number(torch.stack(self.loss).T.tolist()), number(torch.stack(self.accuracy).T.tolist())
         scores = {key: number(torch.stack([s[key] for s in self.scores], 1).tolist()) for key in self.scores[0]}  # [run][probe][block]
+        if not self.world.n_label:  # on the very sequences that the runs are judged on
+            count, last = len(self.held_out.y[0]), "least_squares_loss_by_position"
+            keys = {(run["seed"], run["difficulty"]) for run in self.runs}
+            least_squares = {key: self.world.references(*key, self.args.pairs, count)[last][-1] for key in keys}
         out = []
         for r, (run, level, free) in enumerate(zip(self.runs, self.references, self.free)):
             losses = loss[r]
@@ -414,8 +417,7 @@ class Record:
                 row["accuracy"], row["accuracy_by_position"] = accuracy[r], number(self.accuracy_by_position[r].tolist())
                 row["fresh_accuracy"] = number(self.fresh_accuracy[r].item())
             else:  # at the last position, in squared error / d
-                best = level["least_squares_loss_by_position"][-1]
-                row["gap_to_least_squares"] = number(self.loss_by_position[r, -1].item() - best)
+                row["gap_to_least_squares"] = number(self.loss_by_position[r, -1].item() - least_squares[run["seed"], run["difficulty"]])
             row["headline_block"] = self.block
             row["initial_weights_score"] = row["weights_score"][0][self.block]
             row["final_weights_score"] = row["weights_score"][-1][self.block]
@@ -455,8 +457,13 @@ def command(arguments, runs_of, train, plot, conclude=lambda metrics: {}) -> Non
                 return
             save_json(out / "metrics.json", metrics | conclude(metrics))
         metrics = read_metrics(out)
-        print(table(metrics))
-        plot(metrics, out / "figure.png")
+        try:
+            print(table(metrics))
+            plot(metrics, out / "figure.png")
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+            if not args.replot:
+                raise
+            raise UsageError(f"--replot: metrics.json in {out} is not what this script writes; train again") from None
         return
     except (UsageError, OSError) as error:  # OSError: a folder that torch or the system keeps its own files in
         message = f"error: {error}"
@@ -677,16 +684,15 @@ def draw_arms(metrics: dict, title: str):
     d.invert_yaxis()
     d.set(title="(d) Plateau length at the best rate (\u25b3 = never)", xlabel="steps", xlim=(0, 1.05 * budget))
     difficulties = list(dict.fromkeys(run["difficulty"] for run in metrics["runs"]))
-    if len(rates) > 1 or len(difficulties) == 1:
+    rows = [r for r in metrics["summary"] if r["size"] == size]
+    if len(difficulties) == 1:
         against, places, names = "learning rate", rates, [f"{rate:g}" for rate in rates]
-        row = lambda arm, rate: (arm, m, rate)
         e.set_xscale("log")
     else:
         against, places, names = "difficulty", range(len(difficulties)), [str(v).replace("inf", "\u221e") for v in difficulties]
-        row = lambda arm, at: (arm, difficulties[at], rates[0])
-    medians = {(r["arm"], r["difficulty"], r["lr"]): r["plateau_length_median"] for r in metrics["summary"] if r["size"] == size}
+        rows = [r for r in rows if r["best_lr"]]
     for arm, colour in colours.items():
-        e.plot(places, [medians[row(arm, place)] for place in places], "o-", color=colour)
+        e.plot(places, [r["plateau_length_median"] for r in rows if r["arm"] == arm], "o-", color=colour)
     e.set(title=f"(e) Plateau length against {against} (median)", xlabel=against, ylabel="steps", ylim=(0, 1.05 * budget))
     e.minorticks_off()
     e.set_xticks(places, names)
@@ -781,12 +787,23 @@ def read_metrics(out: Path) -> dict:
 COUNTS = "seeds steps batch pairs n_layer n_head d_model evaluations probes code_width words vocabulary texts".split()
 
 
+def defaults(scales: dict) -> str:
+    """For -h: what a scale (or task and scale) sets."""
+    spelt = lambda v: " ".join(f"{x:g}" if isinstance(x, float) else str(x) for x in (v if isinstance(v, (list, tuple)) else [v]))
+    lines = ["defaults:"]
+    for scale, values in scales.items():
+        name = scale if isinstance(scale, str) else "{1} (--task {0})".format(*scale)
+        lines += [f"  --scale {name}", *textwrap.wrap(" ".join(f"--{k.replace('_', '-')} {spelt(v)}" for k, v in values.items()), 120,
+                  initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)]  # fmt: skip
+    return "\n".join(lines)
+
+
 def check(args) -> None:
     """What every script asks of its flags; raises UsageError. Values given twice count once: n seeds are n different runs."""
     for key, value in vars(args).items():
         flag, values = f"--{key.replace('_', '-')}", value if isinstance(value, list) else [value]
-        if isinstance(value, list) and key != "factors":
-            setattr(args, key, list(dict.fromkeys(value)))
+        if isinstance(value, list) and key != "factors":  # figures draw the hardest task, the last
+            setattr(args, key, sorted(set(value)) if key == "difficulty" else list(dict.fromkeys(value)))
         whole = [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
         if key in COUNTS and whole and min(whole) < 1:
             raise UsageError(f"{flag} {min(whole)}: must be at least 1")
@@ -796,6 +813,8 @@ def check(args) -> None:
             raise UsageError(f"{flag} {value}: must be a positive number")
         if key == "d_model" and any(v % args.n_head for v in values):
             raise UsageError(f"--n-head {args.n_head}: must divide --d-model {value}")
+    if not args.out.strip():
+        raise UsageError("--out: names no folder; give one, as in --out out/mine")
     if not args.max_minutes >= 0:
         raise UsageError(f"--max-minutes {args.max_minutes}: must be a number from 0 up")
     if args.resume and args.overwrite:
@@ -807,8 +826,8 @@ def check(args) -> None:
             raise UsageError(
                 f"--difficulty {max(args.difficulty):g}: with --task linear it is a dimension; give whole numbers from 1 to 256"
             )
-        if not 0 <= args.noise < math.inf:
-            raise UsageError(f"--noise {args.noise}: must be a number from 0 up")
+        if not 0 <= args.noise <= 1e6:
+            raise UsageError(f"--noise {args.noise}: must be a number from 0 to 1e6")
         for key in ("embedding", "code_width", "code_gain", "factors", "ask"):
             if getattr(args, key) is not None:
                 raise UsageError(f"--{key.replace('_', '-')}: has no meaning with --task linear; leave it out")

@@ -340,7 +340,7 @@ def parse_difficulty(text: str) -> float:
     except ValueError:
         m = 0.0
     if not (m == math.inf or (1 <= m <= MOST and m == int(m))):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of mappings: give whole numbers from 1 to {MOST:,}, or inf")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MOST:,}, nor inf")
     return m
 
 
