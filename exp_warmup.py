@@ -156,7 +156,7 @@ def plot(metrics: dict, path: Path) -> None:
             text = f"keep {keep}, {'in all' if style == 'o-' else 'after the switch'}"
             f.plot(switches, [np.median(v) for v in total], style, label=text, color=f"C{metrics['args']['keep'].index(keep)}")
     f.legend(fontsize=8)
-    f.set(title="(f) Against switch point (medians; never = budget)", xlabel="switch at step", ylabel="steps", ylim=0)
+    f.set(title="(f) Against switch point (medians)", xlabel="switch at step", ylabel="steps", ylim=0)
     probes.save_figure(path, figure)
 
 

@@ -768,9 +768,11 @@ def run(command: str, expect: int = 0, fresh=False, exact=False, figure=False) -
 
 
 def science(folder: Path) -> dict:
-    """metrics.json without what may differ between two equal runs; every key of a run has its line in the README."""
+    """metrics.json without what may differ between two equal runs; every key is explained in the README."""
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert all(f"`{key}`" in README for run in metrics["runs"] for key in run)
+    explained = lambda key: f"`{key}`" in README or f"`{re.sub('_(by_position|median)$', '', key)}" in README
+    parts = (metrics, *metrics["runs"], *metrics["summary"], *metrics["reference"].values())
+    assert not {key for part in parts for key in part if not explained(key)}
     return {key: value for key, value in metrics.items() if key not in ("environment", "args")}
 
 
@@ -1260,3 +1262,43 @@ def test_every_plateau_quoted_in_the_readme_is_in_a_json():
 def dict_of(path: Path) -> dict:
     content = json.loads(path.read_text())
     return content if isinstance(content, dict) else {}
+
+
+def facts():
+    """Sentences of the README, computed."""
+    asset = lambda name: dict_of(HERE / "assets" / f"{name}.json")
+    at = lambda run, key, probe=-1: run[key][probe][run["headline_block"]]
+    change = lambda run, key: at(run, key) - at(run, key, 0)
+    show = lambda values, digits=2: " ".join(f"{value:.{digits}f}" for value in values)
+    of = lambda name, **what: [run for run in asset(name)["runs"] if all(run[key] == value for key, value in what.items())]
+
+    for m in (1, "inf"):
+        runs = of("plateau", difficulty=m)
+        yield f"{' '.join(f'{probes.score_change(run):+.3f}' for run in runs)} at m = {m}"
+        yield f"{show(run['context_score'][-1][-1] for run in runs)} at " + ("m = 1" if m == 1 else "inf")
+    baselines = sum((of(name, arm="baseline") for name in ("plateau", "rates", "fp32", "aux_loss", "mixture", "aux10")), [])
+    fallen = sorted((run for run in baselines if probes.score_change(run) < -0.03), key=lambda run: change(run, "weights_score_converged"))
+    lost = [-change(run, "weights_score_converged") for run in fallen]
+    assert max(lost[2:]) < 0.0105
+    yield f"in {len(fallen)} baselines it falls by more than 0.03; the converged score falls by at most 0.01 in {len(fallen) - 2} of them"
+    yield f"by {lost[1]:.3f} and {lost[0]:.3f} in the other two"
+    for name, one, two in (("nlp", "on the plateau", 1), ("wordselect", "at step 200", 1)):
+        runs = of(name, arm="baseline")
+        start, low = ([at(run, "weights_score_converged", probe) for run in runs] for probe in (0, two))
+        yield f"from {show(start)} to {show(low)} {one}"
+    least = lambda run: Regression(6).references(run["seed"], run["difficulty"], 13, 64)["least_squares_loss_by_position"][-1]
+    gaps = []
+    for arm, lr in (("baseline", 1e-3), ("weights:0.1", 2e-3), ("norm:0.01", 2e-3)):
+        runs = of("linear_aux", arm=arm, difficulty=4, lr=lr)
+        gaps.append(np.median([run["loss_by_position"][-1] - least(run) for run in runs]))
+    yield "at d = 4 the median gap to least squares at the last position is {:.2f} without, {:.2f} with the weights loss".format(*gaps)
+    yield f"{gaps[2]:.2f} with the penalty"
+    spread = lambda name, **what: [at(run, "spread") for run in of(name, **what)]
+    with_penalty, without = spread("norm", arm="norm:0.01"), spread("norm", arm="baseline")
+    yield f"their spread stays at {min(with_penalty):.1f} to {max(with_penalty):.1f}"
+    yield f"reaches {max(without):.1f}"
+
+
+@pytest.mark.parametrize("fact", list(facts()))
+def test_every_computed_sentence_is_in_the_readme(fact):
+    assert fact in " ".join(README.split())
