@@ -1293,6 +1293,13 @@ def facts():
         gaps.append(np.median([run["loss_by_position"][-1] - least(run) for run in runs]))
     yield "at d = 4 the median gap to least squares at the last position is {:.2f} without, {:.2f} with the weights loss".format(*gaps)
     yield f"{gaps[2]:.2f} with the penalty"
+    runs = of("warmup_long")
+    left, stayed = ([probes.score_change(run) for run in runs if run["censored"] == never] for never in (False, True))
+    assert min(left) > 0 > max(stayed)
+    yield f"all {len(left)} runs that leave end with a weights score above its start, all {len(stayed)} that stay below"
+    ends = [at(run, "weights_score", run["probe_steps"].index(run["switch"])) - at(run, "weights_score", 0)
+            for run in of("warmup") if run["switch"]]  # fmt: skip
+    yield f"above its start in {sum(end > 0 for end in ends)} of {len(ends)} runs when the warm-up ends"
     spread = lambda name, **what: [at(run, "spread") for run in of(name, **what)]
     with_penalty, without = spread("norm", arm="norm:0.01"), spread("norm", arm="baseline")
     yield f"their spread stays at {min(with_penalty):.1f} to {max(with_penalty):.1f}"
