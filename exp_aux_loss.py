@@ -54,11 +54,14 @@ def arguments() -> argparse.Namespace:
     run = parser.add_argument_group("run")
     run.add_argument("--seeds", type=int, default=3, help="runs per arm, seeds 0 .. n-1 (default 3)")
     run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
-    run.add_argument("--out", default="out/aux_loss", help="folder of metrics.json, figure.png, checkpoint.pt")
+    run.add_argument("--out", default="out/" + Path(__file__).stem.removeprefix("exp_"),
+                     help="folder of metrics.json, figure.png, checkpoint.pt (default out/ and the script's name)")  # fmt: skip
     run.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     run.add_argument("--overwrite", action="store_true", help="replace what an earlier training left in --out")
     run.add_argument("--replot", action="store_true", help="redraw figure.png from metrics.json, train nothing")
-    run.add_argument("--max-minutes", type=float, default=math.inf, help="stop cleanly after this long; --resume continues")
+    run.add_argument(
+        "--max-minutes", type=float, default=math.inf, help="stop cleanly at the first evaluation after this; --resume continues"
+    )
     run.add_argument("--scale", choices=("laptop", "paper"), default="laptop", help="which set of defaults (any flag overrides)")
     run.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of training; measures are always fp32")
     run.add_argument("--no-compile", action="store_true", help="train without torch.compile")
@@ -70,7 +73,11 @@ def arguments() -> argparse.Namespace:
     exp.add_argument("--loss", type=parse_arm, nargs="+",
                      help=f"arms: {', '.join(LOSSES)}; weights:0.3 sets a weight, weights+norm adds losses up")  # fmt: skip
     exp.add_argument(
-        "--weight", type=float, nargs="+", default=[0.1], help="weights of the weights, context and shuffled losses (default 0.1)"
+        "--weight",
+        type=float,
+        nargs="+",
+        default=[0.1],
+        help="of the losses without one of their own: weights, context, shuffled (default 0.1)",
     )
     exp.add_argument("--lr", type=float, nargs="+", help="Adam's learning rate, one or several")
     exp.add_argument("--noise", type=float, help="linear: standard deviation of the noise on y (default 0)")
@@ -157,7 +164,7 @@ def train(args: argparse.Namespace, runs: list[dict], checkpoint: str) -> dict:
     for step in record.training_steps():
         batch = world.sample(seed, m, sequence_numbers(seed, step, args.batch, args.sequences), args.pairs)
         with autocast(device, args.precision):
-            logits, states = model(batch.x, batch.y, hidden=True)
+            logits, states = model(batch.x, batch.y, hidden=True)  # states: after each block, (r, b, tokens, d)
             guess = model.extra(model.norm(rearrange(model.at_x(states[-1]), "r b n d -> r (b n) d")))
         value, asked = rearrange(guess, "r (b n) o -> r b n o", b=args.batch).split([world.n_value, world.n_asked], -1)
         loss = world.loss(logits, batch).mean((1, 2))  # (r,), one mean per run

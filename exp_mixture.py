@@ -41,11 +41,14 @@ def arguments() -> argparse.Namespace:
     run = parser.add_argument_group("run")
     run.add_argument("--seeds", type=int, default=3, help="runs per arm, seeds 0 .. n-1 (default 3)")
     run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
-    run.add_argument("--out", default="out/mixture", help="folder of metrics.json, figure.png, checkpoint.pt")
+    run.add_argument("--out", default="out/" + Path(__file__).stem.removeprefix("exp_"),
+                     help="folder of metrics.json, figure.png, checkpoint.pt (default out/ and the script's name)")  # fmt: skip
     run.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     run.add_argument("--overwrite", action="store_true", help="replace what an earlier training left in --out")
     run.add_argument("--replot", action="store_true", help="redraw figure.png from metrics.json, train nothing")
-    run.add_argument("--max-minutes", type=float, default=math.inf, help="stop cleanly after this long; --resume continues")
+    run.add_argument(
+        "--max-minutes", type=float, default=math.inf, help="stop cleanly at the first evaluation after this; --resume continues"
+    )
     run.add_argument("--scale", choices=SCALES, default="laptop", help="which set of defaults (any flag overrides)")
     run.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of training; measures are always fp32")
     run.add_argument("--no-compile", action="store_true", help="train without torch.compile")

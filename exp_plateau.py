@@ -42,11 +42,14 @@ def arguments() -> argparse.Namespace:
     run = parser.add_argument_group("run")
     run.add_argument("--seeds", type=int, default=3, help="runs per arm, seeds 0 .. n-1 (default 3)")
     run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
-    run.add_argument("--out", default="out/plateau", help="folder of metrics.json, figure.png, checkpoint.pt")
+    run.add_argument("--out", default="out/" + Path(__file__).stem.removeprefix("exp_"),
+                     help="folder of metrics.json, figure.png, checkpoint.pt (default out/ and the script's name)")  # fmt: skip
     run.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     run.add_argument("--overwrite", action="store_true", help="replace what an earlier training left in --out")
     run.add_argument("--replot", action="store_true", help="redraw figure.png from metrics.json, train nothing")
-    run.add_argument("--max-minutes", type=float, default=math.inf, help="stop cleanly after this long; --resume continues")
+    run.add_argument(
+        "--max-minutes", type=float, default=math.inf, help="stop cleanly at the first evaluation after this; --resume continues"
+    )
     run.add_argument("--scale", choices=("laptop", "paper"), default="laptop", help="which set of defaults (any flag overrides)")
     run.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of training; measures are always fp32")
     run.add_argument("--no-compile", action="store_true", help="train without torch.compile")
@@ -181,7 +184,9 @@ def plot(metrics: dict, path: Path) -> None:
 
     if "context_score" in runs[0]:
         probes.curves(c, groups, "probe_steps", lambda run: [row[-1] for row in run["context_score"]])
-    c.axhline(1 if linear else 1 / len(args["ask"]), color="black", ls="--", lw=1, label="chance")
+    chance = 1 if linear else 1 / len(args["ask"])
+    c.axhline(chance, color="black", ls="--", lw=1)
+    c.text(budget, chance, "chance", ha="right", va="bottom", fontsize=8)
     c.set(title="(c) Context component (last block)", xlabel="step", xlim=0,
           ylabel="hidden vector w: error, lower is better" if linear else "which factor is asked: accuracy")  # fmt: skip
 
@@ -252,7 +257,7 @@ def draw_example(ax, shown: dict) -> None:
         ax.imshow(image(np.array(values), masks).transpose(1, 2, 0).clip(0, 1), extent=(x, x + 16, y, y + 16))
         ax.text(x + 8, y - 3.5, f"label {label}", ha="center", va="center", fontsize=10)
     ax.set(xlim=(-1, 71), ylim=(-31, 17))
-    ax.set_title(f"(f) A sequence (asks for {shown['asked'].replace('_', ' ')})")
+    ax.set_title(f"(f) The first 8 pairs of a sequence (asks for {shown['asked'].replace('_', ' ')})")
     ax.axis("off")
 
 

@@ -15,6 +15,7 @@ import argparse
 import math
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
@@ -40,11 +41,14 @@ def arguments() -> argparse.Namespace:
     run = parser.add_argument_group("run")
     run.add_argument("--seeds", type=int, default=3, help="runs per arm, seeds 0 .. n-1 (default 3)")
     run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
-    run.add_argument("--out", default="out/warmup", help="folder of metrics.json, figure.png, checkpoint.pt")
+    run.add_argument("--out", default="out/" + Path(__file__).stem.removeprefix("exp_"),
+                     help="folder of metrics.json, figure.png, checkpoint.pt (default out/ and the script's name)")  # fmt: skip
     run.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     run.add_argument("--overwrite", action="store_true", help="replace what an earlier training left in --out")
     run.add_argument("--replot", action="store_true", help="redraw figure.png from metrics.json, train nothing")
-    run.add_argument("--max-minutes", type=float, default=math.inf, help="stop cleanly after this long; --resume continues")
+    run.add_argument(
+        "--max-minutes", type=float, default=math.inf, help="stop cleanly at the first evaluation after this; --resume continues"
+    )
     run.add_argument("--scale", choices=SCALES, default="laptop", help="which set of defaults (any flag overrides)")
     run.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of training; measures are always fp32")
     run.add_argument("--no-compile", action="store_true", help="train without torch.compile")
@@ -148,15 +152,17 @@ def plot(metrics: dict, path: Path) -> None:
             axes.axvline(switch, color="grey", ls="--", lw=0.7)
     last = metrics["runs"][-1]["difficulty"]
     at_best = [run for run in metrics["runs"] if run["difficulty"] == last and best.get(run["arm"]) == run["lr"]]
-    for keep in metrics["args"]["keep"]:
+    for colour, keep in zip(plt.cm.tab10.colors, metrics["args"]["keep"]):
         rows = [run for run in at_best if run["keep"] == keep or not run["switch"]]
         switches = sorted({row["switch"] for row in rows})
-        for style, value in (("o-", probes.budgeted_length), ("s:", lambda row: probes.budgeted_length(row) - row["switch"])):
-            total = [[value(row) for row in rows if row["switch"] == switch] for switch in switches]
-            text = f"keep {keep}, {'in all' if style == 'o-' else 'after the switch'}"
-            f.plot(switches, [np.median(v) for v in total], style, label=text, color=f"C{metrics['args']['keep'].index(keep)}")
+        total = [np.median([probes.budgeted_length(row) for row in rows if row["switch"] == switch]) for switch in switches]
+        after = [steps - switch for steps, switch in zip(total, switches)]
+        for style, values, text in (("o-", total, "in all"), ("s:", after, "after the switch")):
+            f.plot(switches, values, style, color=colour, mfc="none", label=f"keep {keep}, {text}")
+            left = [i for i, steps in enumerate(total) if steps < metrics["args"]["steps"]]
+            f.plot([switches[i] for i in left], [values[i] for i in left], style[0], color=colour)
     f.legend(fontsize=8)
-    f.set(title="(f) Against switch point (medians)", xlabel="switch at step", ylabel="steps", ylim=0)
+    f.set(title="(f) Against switch point (hollow: at least)", xlabel="switch at step", ylabel="steps", ylim=0)
     probes.save_figure(path, figure)
 
 

@@ -13,6 +13,7 @@ better, dysfunction = above its own value at initialisation. A text has no ident
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -347,6 +348,7 @@ class Record:
 
     def save_checkpoint(self, path: Path, step: int) -> None:
         state = {"settings": self.settings, "step": step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state |= {"runs": self.runs, "code": script_hash()}
         state["record"] = {key: getattr(self, key) for key in self.kept}
         write_aside(path, lambda aside: torch.save(state, aside))
 
@@ -369,6 +371,12 @@ class Record:
             named = lambda key: key if key in ("script", "processes") else f"--{key.replace('_', '-')}"
             flags = ", ".join(f"{named(key)} (then {then.get(key)}, now {self.settings.get(key)})" for key in other)
             raise UsageError(f"--resume: the checkpoint was made with other settings: {flags}; use the same flags or another --out")
+        if state.get("runs") != self.runs:
+            raise UsageError(
+                "--resume: the checkpoint holds other runs: the arms in the script have changed; start afresh with --overwrite"
+            )
+        if state.get("code") != script_hash() and not RANK:
+            print("note: the script has changed since its checkpoint was saved")
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -459,6 +467,9 @@ def command(arguments, runs_of, train, plot, conclude=lambda metrics: {}) -> Non
         metrics = read_metrics(out)
         try:
             print(table(metrics))
+            arms = {row["arm"] for row in metrics["summary"]}
+            if len(arms) > 1 and "baseline" not in arms:
+                print("note: no arm is called baseline, so nothing is paired")
             plot(metrics, out / "figure.png")
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             if not args.replot:
@@ -491,6 +502,10 @@ def train_programs(args, runs: list[dict], train) -> dict | None:
     Runs are dealt out to the processes, and cut into programs of one size and at most --runs-per-program runs (0: all).
     train(args, runs, checkpoint name) trains one program and returns Record.metrics. Processes meet only at the end.
     """
+    names = [tuple(str(run.get(key)) for key in ("arm", "difficulty", "lr", "seed", "size")) for run in runs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UsageError(f"two runs are called {' '.join(twice[:4])} (arm, difficulty, lr, seed): give every arm a name of its own")
     mine = list(enumerate(runs))[RANK::PROCESSES]
     programs = []
     for _, group in itertools.groupby(mine, lambda pair: pair[1].get("size")):
@@ -660,6 +675,7 @@ def draw_arms(metrics: dict, title: str):
         a.axhline(value, color="black", ls="--", lw=1)
         a.text(budget, value, text, ha="right", va="bottom", fontsize=8)
     a.axhline(ESCAPE * level["no_context_loss"], color="black", ls=":", lw=1)
+    a.text(0.01 * budget, ESCAPE * level["no_context_loss"], "below: plateau is over", va="bottom", fontsize=8)
     a.set(
         title="(a) Target task, each arm at its best rate",
         xlabel="step",
@@ -667,14 +683,14 @@ def draw_arms(metrics: dict, title: str):
         xlim=0,
         ylim=(0, 1.3 * level["no_context_loss"]),
     )
-    a.legend(fontsize=7)
+    a.legend(fontsize=7, loc="lower left")
     curves(b, groups, "probe_steps", score("weights_score"))
     b.axhline(np.median([run["initial_weights_score"] for run in here]), color="black", ls="--", lw=1)
     error = "error" in metrics.get("weights_score_is", "")
     b.set(title=f"(b) Weights component (block {block + 1}); dashed: at initialisation", xlabel="step", xlim=0,
           ylabel="weights score: error, lower is better" if error else "weights score", yscale="log" if error else "linear")  # fmt: skip
     curves(c, groups, "probe_steps", score("spread"))
-    c.set(title="(c) Spread of the states: drowning", xlabel="step", ylabel="spread", xlim=0, yscale="log")
+    c.set(title="(c) Spread of the states", xlabel="step", ylabel="spread", xlim=0, yscale="log")
     for place, (arm, lr) in enumerate(best.items()):
         for i, run in enumerate(mine(arm, lr)):
             shape = dict(marker="^", mfc="none") if run["censored"] else dict(marker="o")
@@ -725,6 +741,13 @@ def environment(device: torch.device, seconds: dict) -> dict:
         "probing_seconds": round(seconds["probing"], 1),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def script_hash() -> str:
+    try:
+        return hashlib.sha256(Path(sys.argv[0]).read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def write_aside(path: Path, write) -> None:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 import exp_mixture
 import exp_nlp
+import exp_plateau
 import exp_warmup
 import probes
 import tasks
@@ -776,7 +777,7 @@ def science(folder: Path) -> dict:
     return {key: value for key, value in metrics.items() if key not in ("environment", "args")}
 
 
-def test_exp_plateau_end_to_end_and_resume_equals_unbroken(tmp_path):
+def test_exp_plateau_end_to_end_and_resume_equals_unbroken(tmp_path, monkeypatch):
     flags = f"exp_plateau.py {SMALL} --difficulty 2 inf --lr 1e-3 1e-2"
     done = run(f"{flags} --out {tmp_path}/a", fresh=True)
     assert "12 100% |" in done.stdout
@@ -792,6 +793,15 @@ def test_exp_plateau_end_to_end_and_resume_equals_unbroken(tmp_path):
     (tmp_path / "a" / "figure.png").unlink()
     run(f"exp_plateau.py --replot --out {tmp_path}/a", figure=True)
     assert (tmp_path / "a" / "figure.png").stat().st_size > 20_000
+    with monkeypatch.context() as patch:  # the reader renames an arm, or changes something else, half-way
+        plain = exp_plateau.runs_of
+        patch.setattr(exp_plateau, "runs_of", lambda args: [run | {"arm": "mine"} for run in plain(args)])
+        assert "other runs" in run(f"{flags} --out {tmp_path}/b --resume", expect=2).stderr
+        patch.setattr(exp_plateau, "runs_of", plain)
+        patch.setattr(probes, "script_hash", lambda: "other")
+        assert "the script has changed" in run(f"{flags} --out {tmp_path}/b --resume", exact=True).stdout
+        patch.setattr(exp_plateau, "runs_of", lambda args: plain(args) * 2)
+        assert "name of its own" in run(f"{flags} --out {tmp_path}/c", expect=2).stderr
     wrong = run(f"{flags} --out {tmp_path}/b --resume --batch 5", expect=2)
     assert "--batch" in wrong.stderr and science(tmp_path / "b") == whole
     other = run(f"exp_warmup.py {SMALL} --switch 0 5 --difficulty 2 inf --lr 1e-3 1e-2 --out {tmp_path}/b --resume", expect=2)
