@@ -257,7 +257,7 @@ def draw_example(ax, shown: dict) -> None:
         ax.imshow(image(np.array(values), masks).transpose(1, 2, 0).clip(0, 1), extent=(x, x + 16, y, y + 16))
         ax.text(x + 8, y - 3.5, f"label {label}", ha="center", va="center", fontsize=10)
     ax.set(xlim=(-1, 71), ylim=(-31, 17))
-    ax.set_title(f"(f) The first 8 pairs of a sequence (asks for {shown['asked'].replace('_', ' ')})")
+    ax.set_title(f"(f) 8 pairs of a sequence (asks for {shown['asked'].replace('_', ' ')})")
     ax.axis("off")
 
 

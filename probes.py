@@ -700,6 +700,10 @@ def draw_arms(metrics: dict, title: str):
     d.invert_yaxis()
     d.set(title="(d) Plateau length at the best rate (\u25b3 = never)", xlabel="steps", xlim=(0, 1.05 * budget))
     difficulties = list(dict.fromkeys(run["difficulty"] for run in metrics["runs"]))
+    if len(difficulties) == len(rates) == 1:  # nothing to compare: what is there at all?
+        curves(e, groups, "probe_steps", score("weights_score_converged"))
+        e.set(title="(e) The same with a converged probe", xlabel="step", xlim=0, ylabel=b.get_ylabel())
+        return figure, f, colours, best
     rows = [r for r in metrics["summary"] if r["size"] == size]
     if len(difficulties) == 1:
         against, places, names = "learning rate", rates, [f"{rate:g}" for rate in rates]
