@@ -104,7 +104,7 @@ def arguments() -> argparse.Namespace:
         raise UsageError("--text wordselect: has no mappings; leave out --difficulty and the arms (--arm) warmup and mixture")
     if "warmup" in args.arm and not 0 <= args.switch < args.steps:
         raise UsageError(f"--switch {args.switch}: must lie inside the budget, 0 .. {args.steps - 1} (--steps)")
-    if "mixture" in args.arm and not (0 <= args.fraction <= 1 and args.fraction * args.batch == round(args.fraction * args.batch)):
+    if not 0 <= args.fraction <= 1 or ("mixture" in args.arm and args.fraction * args.batch != round(args.fraction * args.batch)):
         raise UsageError(
             f"--fraction {args.fraction}: must lie in 0 .. 1 and make a whole number of the {args.batch} sequences of a --batch"
         )

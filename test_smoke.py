@@ -1177,6 +1177,7 @@ TEXT += [
     ("--tsv few.tsv --text grammar", "--text"),
     ("--arm warmup --switch 12", "--switch"),
     ("--arm mixture --fraction 0.3", "--fraction"),
+    ("--fraction inf", "--fraction"),
     ("--weight -1", "--weight"),
     ("--norm-weight nan", "--norm-weight"),
     ("--arm warmup --difficulty 1", "--difficulty"),
