@@ -24,8 +24,8 @@ from model import GPT, Adam, Config, autocast, compile_blocks, pick_device
 from tasks import FACTORS, SIZES, UsageError, mappings, parse_difficulty, sequence_numbers, shapes
 
 SCALES = {  # defaults only: any flag overrides them
-    "laptop": dict(fraction=[0, 0.5], difficulty=[math.inf], lr=[5e-4],
-                   factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5, sequences=0, steps=2500, batch=48, pairs=12,
+    "laptop": dict(fraction=[0, 0.5], difficulty=[math.inf], lr=[1e-3],
+                   factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5, sequences=0, steps=2700, batch=48, pairs=12,
                    n_layer=[3], n_head=2, d_model=[64], evaluations=100, probes=5),
     "paper": dict(fraction=[0, 0.25, 0.5, 0.75], difficulty=[20000], lr=[1e-4],
                   factors=SIZES, ask=FACTORS, code_width=768, code_gain=2.5, sequences=100_000, steps=46860, batch=128, pairs=40,

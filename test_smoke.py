@@ -1308,6 +1308,15 @@ def facts():
     left, stayed = ([probes.score_change(run) for run in runs if run["censored"] == never] for never in (False, True))
     assert min(left) > 0 > max(stayed)
     yield f"all {len(left)} runs that leave end with a weights score above its start, all {len(stayed)} that stay below"
+    runs = of("mixture_long")
+    mixed, plain = ([run for run in runs if (run["arm"] == "baseline") == is_plain] for is_plain in (False, True))
+    assert min(map(probes.score_change, mixed)) > 0
+    left = [sum(not run["censored"] for run in runs) for runs in (mixed, plain)]
+    yield f"all {left[0]} mixed runs leave, at both rates, and {left[1]} of {len(plain)} baselines"
+    fell = sum(probes.score_change(run) < 0 for run in plain)
+    yield f"the weights score of all mixed runs ends above its start, that of {fell} baselines below"
+    same = of("warmup_long", arm="baseline")
+    assert [run["loss"] for run in same] == [run["loss"] for run in plain]
     ends = [at(run, "weights_score", run["probe_steps"].index(run["switch"])) - at(run, "weights_score", 0)
             for run in of("warmup") if run["switch"]]  # fmt: skip
     yield f"above its start in {sum(end > 0 for end in ends)} of {len(ends)} runs when the warm-up ends"
