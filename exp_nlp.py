@@ -89,10 +89,13 @@ def arguments() -> argparse.Namespace:
     exp.add_argument("--probes", type=int, help="times the states are probed, after the start")
     args = parser.parse_args()
     select = args.text == "wordselect"
-    for given, unused in ((args.conllu or args.tsv, ("text", "texts")), (select, ("words", "vocabulary", "ask"))):
+    for given, source, unused in (
+        (args.conllu or args.tsv, "your own texts", ("text", "texts")),
+        (select, "--text wordselect", ("words", "vocabulary", "ask")),
+    ):
         for name in unused:
             if given and getattr(args, name) is not None:
-                raise UsageError(f"--{name}: has no meaning with {'--text wordselect' if select else 'your own texts'}; leave it out")
+                raise UsageError(f"--{name}: has no meaning with {source}; leave it out")
     defaults = SCALES[args.scale] | (WORDSELECT if select else {}) | (WORDSELECT_LAPTOP if select and args.scale == "laptop" else {})
     for name, value in defaults.items():
         if getattr(args, name) is None:
