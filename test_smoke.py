@@ -1315,6 +1315,11 @@ def facts():
     yield f"all {left[0]} mixed runs leave, at both rates, and {left[1]} of {len(plain)} baselines"
     fell = sum(probes.score_change(run) < 0 for run in plain)
     yield f"the weights score of all mixed runs ends above its start, that of {fell} baselines below"
+    lax = lambda name, arm: [run["plateau_length_other_rules"]["0.9"] for run in of(name, arm=arm, lr=1e-3)]
+    got = [f"{v:,}" for v in lax("mixture_unrelated", "50% unrelated") if v]
+    yield f"{sum(v is not None for v in lax('mixture_unrelated', 'baseline'))} of 5 baselines leaves"
+    yield f"{len(got)} of 5 runs mixed with the unrelated task ({' '.join(got)} steps)"
+    yield f"5 of 5 mixed with the easy task ({' '.join(f'{v:,}' for v in lax('mixture_long', '50% easy'))})"
     same = of("warmup_long", arm="baseline")
     assert [run["loss"] for run in same] == [run["loss"] for run in plain]
     ends = [at(run, "weights_score", run["probe_steps"].index(run["switch"])) - at(run, "weights_score", 0)
