@@ -646,11 +646,11 @@ CONLLU = """# newdoc id = a
 
 
 def made_conllu(path: Path, sentences: int = 600) -> Path:
-    """Sentences of five words with a random tense, subject and genre, two to a document."""
+    """Sentences of three to six words with a random tense, subject and genre, two to a document."""
     rng, text = np.random.default_rng(0), ""
     for i in range(sentences):
         tense, subject, genre = rng.choice(["Pres", "Past"]), rng.choice(["PRON", "NOUN"]), rng.choice(["mail", "blog"])
-        noise = rng.choice([f"w{k}" for k in range(30)], 3)
+        noise = rng.choice([f"w{k}" for k in range(30)], rng.integers(1, 5))
         text += (
             f"# newdoc id = {i}\n" * (i % 2 == 0) + f"# sent_id = {genre}-{i}\n1\t{subject}\t_\t{subject}\t_\tNumber=Sing\t2\tnsubj\t_\t_\n"
         )
