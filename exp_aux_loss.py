@@ -194,10 +194,11 @@ def plot(metrics: dict, path: Path) -> None:
             )
     f.axhline(0, color="black", lw=1)
     f.axvline(0, color="black", ls="--", lw=1)
+    if linear:
+        f.set_xscale("symlog", linthresh=1e-4)
     f.set(
-        title="(f) Gain against the baseline's dysfunction",
+        title="(f) Steps saved" + "; left of 0: the baseline has dysfunction" * (not linear),
         xlabel="baseline's weights score, end minus start" + " (an error)" * linear,
-        xscale="log" if linear else "linear",
         ylabel="steps saved (same seed and rate)",
     )
     probes.save_figure(path, figure)

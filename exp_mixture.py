@@ -17,6 +17,7 @@ import argparse
 import math
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 
 import probes
@@ -78,7 +79,7 @@ def arguments() -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     probes.check(args)
-    if not all(0 <= f <= 1 and f * args.batch == round(f * args.batch) for f in args.fraction):
+    if not all(0 <= f <= 1 and math.isclose(f * args.batch, round(f * args.batch)) for f in args.fraction):
         raise UsageError(
             f"--fraction {args.fraction}: must lie in 0 .. 1 and make a whole number of the {args.batch} sequences of a --batch"
         )
@@ -141,28 +142,19 @@ def arms(args: argparse.Namespace) -> list[dict]:
 def plot(metrics: dict, path: Path) -> None:
     figure, f, colours, best = probes.draw_arms(metrics, "Mixed training")
     args, last = metrics["args"], metrics["runs"][-1]
-    sizes = list(dict.fromkeys(run["size"] for run in metrics["runs"]))
     rows = [row for row in metrics["summary"] if row["best_lr"] and row["difficulty"] == last["difficulty"]]
-    fraction = {run["arm"]: run["fraction"] for run in metrics["runs"]}
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    of = lambda arm, size: sum([probes.runs_of_row(metrics, row) for row in rows if (row["arm"], row["size"]) == (arm, size)], [])
     if len(sizes) > 1:
-        for arm, colour in colours.items():
-            mine = [row for row in rows if row["arm"] == arm]
-            f.plot(
-                [sizes.index(row["size"]) for row in mine], [row["plateau_length_median"] for row in mine], "o-", color=colour, label=arm
-            )
-        f.set_xticks(range(len(sizes)), sizes)
+        probes.draw_groups(f, sizes, {arm: (colour, [of(arm, size) for size in sizes]) for arm, colour in colours.items()})
+        f.set(title="(f) Against the size of the model", xlabel="blocks x width")
     else:
-        for mix in args["mix"]:
-            mine = sorted((fraction[row["arm"]], row["plateau_length_median"]) for row in rows if row["arm"].endswith((mix, "baseline")))
-            f.plot(*zip(*mine), "o-", label=f"mixed with {mix}")
+        name = lambda fraction, mix: f"{100 * fraction:g}% {mix}" if fraction else "baseline"
+        groups = {f"mixed with {mix}": (colour, [of(name(fraction, mix), last["size"]) for fraction in args["fraction"]])
+                  for mix, colour in zip(args["mix"], plt.cm.tab10.colors)}  # fmt: skip
+        probes.draw_groups(f, args["fraction"], groups)
+        f.set(title="(f) Against the mixture", xlabel="fraction of the batch")
     f.legend(fontsize=8)
-    against = ("size", "blocks x width") if len(sizes) > 1 else ("mixture", "fraction of the batch")
-    f.set(
-        title=f"(f) Against {against[0]} (median, best rate)",
-        xlabel=against[1],
-        ylabel="plateau length (steps)",
-        ylim=(0, 1.05 * args["steps"]),
-    )
     probes.save_figure(path, figure)
 
 

@@ -107,7 +107,9 @@ def arguments() -> argparse.Namespace:
         raise UsageError("--text wordselect: has no mappings; leave out --difficulty and the arms (--arm) warmup and mixture")
     if "warmup" in args.arm and not 0 <= args.switch < args.steps:
         raise UsageError(f"--switch {args.switch}: must lie inside the budget, 0 .. {args.steps - 1} (--steps)")
-    if not 0 <= args.fraction <= 1 or ("mixture" in args.arm and args.fraction * args.batch != round(args.fraction * args.batch)):
+    if not 0 <= args.fraction <= 1 or (
+        "mixture" in args.arm and not math.isclose(args.fraction * args.batch, round(args.fraction * args.batch))
+    ):
         raise UsageError(
             f"--fraction {args.fraction}: must lie in 0 .. 1 and make a whole number of the {args.batch} sequences of a --batch"
         )
@@ -285,7 +287,7 @@ def annotation(rows: list[list[str]], sentence_id: str) -> dict[str, str]:
     number of its subject, final punctuation, genre (what stands before the first - in sent_id, where treebanks often put it)."""
     root = next((row for row in rows if row[6] == "0"), None)
     if root is None:
-        return dict(root="none", verb="none", subject="none", number="none", length="", end="none", genre="none")
+        return dict(root="none", verb="none", subject="none", number="none", end="none", genre="none")
     features = lambda row: dict(pair.split("=", 1) for pair in row[5].split("|") if "=" in pair)
     children = [row for row in rows if row[6] == root[0]]
     verbs = [root, *(row for row in children if row[7].split(":")[0] in ("aux", "cop"))]
@@ -296,7 +298,6 @@ def annotation(rows: list[list[str]], sentence_id: str) -> dict[str, str]:
         verb=finite.get("Tense", finite.get("Mood", "modal" if finite else "none")),
         subject=subject[3] if subject else "none",
         number=features(subject).get("Number", "none") if subject else "none",
-        length="",
         end=rows[-1][1] if rows[-1][3] == "PUNCT" else "none",
         genre=sentence_id.split("-")[0] if "-" in sentence_id else "none",
     )
@@ -484,11 +485,13 @@ def plot(metrics: dict, path: Path) -> None:
     source = metrics["args"]["conllu"] or metrics["args"]["tsv"] or metrics["args"]["text"]
     figure, f, colours, best = probes.draw_arms(metrics, f"Text: {source if isinstance(source, str) else ' '.join(source)}")
     last = metrics["runs"][-1]
+    if metrics["args"]["text"] == "wordselect":  # the fall begins far above what no context allows: any word at all
+        figure.axes[0].set_ylim(0, 1.05 * last["loss"][0])
     block, names, place = last["headline_block"], list(metrics["attributes"]), np.arange(len(metrics["attributes"]))
     for i, (arm, colour) in enumerate(colours.items()):
         mine = [run for run in metrics["runs"] if (run["arm"], run["lr"], run["difficulty"]) == (arm, best[arm], last["difficulty"])]
-        score = np.median(np.array([run["weights_score_by_factor"][-1][block] for run in mine], float), 0)
-        f.plot(place + 0.1 * (i - len(colours) / 2), score, "o", color=colour, ms=5)
+        score = np.array([run["weights_score_by_factor"][-1][block] for run in mine], float)  # (seed, attribute)
+        f.plot(place + 0.7 * ((i + 0.5) / len(colours) - 0.5), score.T, "o", color=colour, ms=5, mfc="none")
     for at, name in enumerate(names):
         f.plot([at - 0.4, at + 0.4], [1 / metrics["attributes"][name]] * 2, color="black", ls="--", lw=1, label="chance" * (at == 0))
         f.plot([at - 0.4, at + 0.4], [metrics["bag_of_words"][name]] * 2, color="black", lw=1, label="bag of words" * (at == 0))

@@ -200,7 +200,7 @@ def plot(metrics: dict, path: Path) -> None:
         d.plot(place, np.median(end(key), 1), color=colour, lw=2, label=text)
         d.plot(place, end(key), ".", color=colour, ms=5, alpha=0.6)
     d.plot(place, start, color="black", ls="--", lw=1)
-    d.fill_between(place, start, d.get_ylim()[linear], color="tab:red", alpha=0.07, lw=0, label="dysfunction: worse than initial")
+    d.fill_between(place, start, d.get_ylim()[linear], color="tab:red", alpha=0.07, lw=0)
     wide = d.twinx()
     wide.plot(place, np.median(end("spread"), 1), color="tab:orange", lw=1.5, ls="-.", label="spread of the states (right)")
     wide.set(yscale="log", ylabel="spread", ylim=(1, 3 * max(wide.get_ylim())))
@@ -211,8 +211,9 @@ def plot(metrics: dict, path: Path) -> None:
     d.set_xticks(place, [str(m).replace("inf", "\u221e") for m in difficulties])
     d.set(title="(d) Weights component at the end: lost or drowned?", xlabel="dimension d" if linear else "mappings m",
           ylabel="weights score: error" if linear else "weights score")  # fmt: skip
-    d.set_ylim(d.get_ylim()[0], d.get_ylim()[1] * 100 if linear else d.get_ylim()[1] + 0.55 * np.ptp(d.get_ylim()))  # room for the legend
-    d.legend(*[sum(pair, []) for pair in zip(d.get_legend_handles_labels(), wide.get_legend_handles_labels())], fontsize=7)
+    d.set_ylim(d.get_ylim()[0], d.get_ylim()[1] * (100 if linear else 1))  # room for the legend
+    d.legend(*[sum(pair, []) for pair in zip(d.get_legend_handles_labels(), wide.get_legend_handles_labels())], fontsize=7,
+             loc="upper left" if linear else "lower left")  # fmt: skip
 
     for run in runs:
         shape = dict(marker="^", facecolor="none") if run["censored"] else dict(marker="o")
@@ -228,7 +229,7 @@ def plot(metrics: dict, path: Path) -> None:
 
     if several:
         panels = {
-            "(g) plateau length (steps)": probes.budgeted_length,
+            "(g) plateau length (steps; at the top: never)": probes.budgeted_length,
             "(h) weights score, end minus start": change,
             "(i) spread of the states at the end": lambda run: run["spread"][-1][block],
         }
@@ -237,7 +238,7 @@ def plot(metrics: dict, path: Path) -> None:
                 here = lambda rate: [run for run in metrics["runs"] if (run["difficulty"], run["lr"]) == (m, rate)]
                 points = np.array([[value(run) for run in here(rate)] for rate in args["lr"]], float)
                 ax.plot(args["lr"], points, ".", color=colour, alpha=0.6)
-                ax.plot(args["lr"], np.median(points, 1), color=colour, lw=2)
+                ax.plot(args["lr"], np.median(points, 1), color=colour, lw=2, label=label(m))
             ax.axvline(lr, color="black", ls=":", lw=1)
             ax.set(
                 title=title,
@@ -247,6 +248,7 @@ def plot(metrics: dict, path: Path) -> None:
             )
             ax.minorticks_off()
             ax.set_xticks(args["lr"], [f"{rate:g}" for rate in args["lr"]])
+        axes[2, 1].legend(fontsize=8)
     probes.save_figure(path, figure)
 
 
@@ -271,7 +273,7 @@ def draw_positions(ax, metrics: dict, groups: dict) -> None:
     for name, style in {"nearest": ":", "averaging": "-."}.items():
         ax.plot(pairs, level[f"{name}_loss_by_position"], color="grey", ls=style, lw=1, label=f"{name} (largest d)")
     ax.legend(fontsize=8)
-    ax.set(title="(f) Loss by position at the end; dashed: least squares", xlabel="pairs seen", ylabel="squared error / d", ylim=(0, 1.6))
+    ax.set(title="(f) By position, at the end; dashed: least squares", xlabel="pairs seen", ylabel="squared error / d", ylim=(0, 1.6))
 
 
 def main() -> None:

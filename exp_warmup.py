@@ -16,7 +16,6 @@ import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 
 import probes
@@ -150,19 +149,18 @@ def plot(metrics: dict, path: Path) -> None:
     for axes in figure.axes[:2]:
         for switch in metrics["args"]["switch"]:
             axes.axvline(switch, color="grey", ls="--", lw=0.7)
-    last = metrics["runs"][-1]["difficulty"]
+    figure.axes[0].text(
+        max(metrics["args"]["switch"]), figure.axes[0].get_ylim()[1], " until here: warm-up (off scale)", va="top", fontsize=8
+    )
+    last, switches = metrics["runs"][-1]["difficulty"], metrics["args"]["switch"]
     at_best = [run for run in metrics["runs"] if run["difficulty"] == last and best.get(run["arm"]) == run["lr"]]
-    for colour, keep in zip(plt.cm.tab10.colors, metrics["args"]["keep"]):
-        rows = [run for run in at_best if run["keep"] == keep or not run["switch"]]
-        switches = sorted({row["switch"] for row in rows})
-        total = [np.median([probes.budgeted_length(row) for row in rows if row["switch"] == switch]) for switch in switches]
-        after = [steps - switch for steps, switch in zip(total, switches)]
-        for style, values, text in (("o-", total, "in all"), ("s:", after, "after the switch")):
-            f.plot(switches, values, style, color=colour, mfc="none", label=f"keep {keep}, {text}")
-            left = [i for i, steps in enumerate(total) if steps < metrics["args"]["steps"]]
-            f.plot([switches[i] for i in left], [values[i] for i in left], style[0], color=colour)
+    here = lambda keep, switch: [run for run in at_best if run["switch"] == switch and (run["keep"] == keep or not switch)]
+    groups = {f"keep {keep}": (colour, [here(keep, switch) for switch in switches])
+              for keep, colour in zip(metrics["args"]["keep"], plt.cm.tab10.colors)}  # fmt: skip
+    probes.draw_groups(f, switches, groups)
+    f.plot(range(len(switches)), switches, "k:", lw=1, label="the warm-up itself")
     f.legend(fontsize=8)
-    f.set(title="(f) Against switch point (hollow: at least)", xlabel="switch at step", ylabel="steps", ylim=0)
+    f.set(title="(f) Against the switch point", xlabel="switch at step")
     probes.save_figure(path, figure)
 
 

@@ -92,7 +92,7 @@ class Block(nn.Module):
     def attention(self, x: torch.Tensor, tokens: int) -> torch.Tensor:
         runs = x.shape[0]
         q, k, v = rearrange(self.qkv(x), "r (b t) (three h d) -> three (r b) h t d", three=3, h=self.n_head, t=tokens)
-        if x.is_cuda:
+        if x.device.type != "cpu":
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:  # written out: on a CPU the fused kernel's backward is slower than this at 20 to 80 tokens
             future = torch.full((tokens, tokens), -math.inf, dtype=q.dtype).triu(1)
@@ -195,7 +195,7 @@ class Adam:
         self.clips = bool(torch.isfinite(self.clip).any())  # decided once: asking later would stall a GPU
         self.mean = [torch.zeros_like(p) for p in self.params]
         self.square = [torch.zeros_like(p) for p in self.params]
-        self.count = [torch.zeros(like.shape[0], 1, 1, device=like.device) for _ in self.params]
+        self.count = torch.zeros(len(self.params), like.shape[0], 1, 1, device=like.device)  # of steps since the start, or since forget()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -204,9 +204,13 @@ class Adam:
             norm = sum(g.square().sum((1, 2), keepdim=True) for g in grads).sqrt()
             for g in grads:
                 g.mul_((self.clip / norm).clamp(max=1.0))
-        for p, g, mean, square, count in zip(self.params, grads, self.mean, self.square, self.count):
-            count += 1
-            adam_update(p, g, mean, square, count, self.lr, self.eps, self.weight_decay, *self.betas)
+        self.count += 1
+        beta1, beta2 = self.betas
+        steps, scales, keep = self.lr / (1 - beta1**self.count), 1 - beta2**self.count, 1 - self.lr * self.weight_decay
+        for p, g, mean, square, step, scale in zip(self.params, grads, self.mean, self.square, steps, scales):
+            mean.lerp_(g, 1 - beta1)
+            square.lerp_(g * g, 1 - beta2)
+            p.mul_(keep).sub_(step * mean / (square / scale).sqrt_().add_(self.eps))
             p.grad = None
 
     @torch.no_grad()
@@ -223,14 +227,6 @@ class Adam:
         for name, ours in self.state_dict().items():
             for a, b in zip(ours, state[name], strict=True):
                 a.copy_(b)
-
-
-def adam_update(p, g, mean, square, count, lr, eps, weight_decay, beta1, beta2):
-    mean.lerp_(g, 1 - beta1)
-    square.lerp_(g * g, 1 - beta2)
-    step = lr / (1 - beta1**count)
-    root = (square / (1 - beta2**count)).sqrt_().add_(eps)
-    p.mul_(1 - lr * weight_decay).sub_(step * mean / root)
 
 
 # ---------------------------------------------------------------------------------------------- the machine
@@ -250,10 +246,13 @@ def pick_device(device: str, precision: str) -> tuple[torch.device, str]:
         torch.zeros(1, device=device)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # what the compiler asks for
     except (RuntimeError, AssertionError):
         raise UsageError(f"--device {device}: not available here; use --device cpu") from None
     if precision == "auto":
-        fast = device.type == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        of_cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        fast = torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else of_cpu()
         precision = "bf16" if fast else "fp32"
     return device, precision
 

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from einops import rearrange
+from matplotlib.ticker import LogFormatter
 from torch.nn import functional as F
 
 from tasks import HELD_OUT, UsageError, mappings
@@ -133,16 +134,16 @@ def converged_probe(train, target, test, test_target, sizes: list[int] | None, r
 
 
 @torch.no_grad()
-def states(model, x: torch.Tensor, y: torch.Tensor | None = None, mixing: str = "attention") -> torch.Tensor:
-    """States at the x positions after every block: x (r, b, n, d) -> (r, k, b, n, d_model), finite."""
+def states(model, x: torch.Tensor, y: torch.Tensor | None = None, mixing: str = "attention", last: bool = False) -> torch.Tensor:
+    """States at the x positions, or only the last, after every block: x (r, b, n, d) -> (r, k, b, n or 1, d_model), finite."""
     size = max(1, 65_000 // (len(x) * model.config.n_head))  # a GPU's attention kernels take no larger batch
     parts = zip(x.split(size, 1), y.split(size, 1) if y is not None else itertools.repeat(None))
-    at_x = lambda hidden: torch.stack([model.at_x(h, with_labels=y is not None) for h in hidden], 1)
+    at_x = lambda hidden: torch.stack([model.at_x(h, with_labels=y is not None)[:, :, -1 if last else 0 :] for h in hidden], 1)
     return torch.cat([at_x(model(*part, mixing=mixing, hidden=True)[1]) for part in parts], 2).nan_to_num()
 
 
 class Prober:
-    """Everything that is probed, on items and sequences drawn once: call it for a dict of scores (r, k)."""
+    """Everything that is probed, on items and sequences drawn once: call it for a dict of scores, (r, k) or by factor (r, k, f)."""
 
     def __init__(self, world, seed, m, n: int, items: int = 4096, sequences: int = 768):
         self.runs, self.n, self.d_y = len(seed), n, world.inputs["d_y"]
@@ -194,7 +195,7 @@ class Prober:
             identity = [group(states(model, x, y, "identity")) for x, y in zip(pairs, empty)]
             scores["weights_score_identity"] = probe(linear_probe, identity, self.value, self.sizes).mean(-1)
         if self.asked_sizes != [1]:
-            seen = [group(states(model, b.x, b.y)[:, :, :, -1:]) for b in self.batch]
+            seen = [group(states(model, b.x, b.y, last=True)) for b in self.batch]
             scores["context_score"] = probe(linear_probe, seen, self.asked, self.asked_sizes).mean(-1)
         return scores
 
@@ -221,6 +222,7 @@ class Record:
     runs: one dict per run with at least arm, difficulty, lr, seed. Every run is judged on the plain target task of its own
     difficulty, on held-out sequences drawn once from its seed, whatever it is trained on.
     args: the script's flags; used here: pairs, steps, evaluations, probes, out, resume, max_minutes.
+    checkpoint: its file name in args.out. sequences: how many a run is judged on.
     """
 
     may_change = ("out", "device", "resume", "replot", "overwrite", "max_minutes")  # flags that a resumed run may change
@@ -228,12 +230,12 @@ class Record:
 
     def __init__(self, args, runs: list[dict], world, model, optimizer, checkpoint: str = "checkpoint.pt", sequences: int = 64):
         self.args, self.runs, self.world, self.model, self.optimizer, self.budget = args, runs, world, model, optimizer, args.steps
-        self.settings = {"script": Path(sys.argv[0]).name}
-        self.settings["processes"] = PROCESSES
+        self.settings = {"script": Path(sys.argv[0]).name, "processes": PROCESSES}
         self.settings |= {key: jsonable(value) for key, value in vars(args).items() if key not in self.may_change}
         evaluations = min(args.evaluations, args.steps)
         self.due = sorted({round(i * args.steps / evaluations) for i in range(evaluations + 1)})
-        self.due_probes = set(self.due[:: max(1, evaluations // args.probes)]) | {args.steps}
+        probings = min(args.probes, evaluations)
+        self.due_probes = {self.due[round(i * evaluations / probings)] for i in range(probings + 1)}
         device, difficulty = next(model.parameters()).device, [run["difficulty"] for run in runs]
         seed = torch.tensor([run["seed"] for run in runs], device=device)
         known = {key: world.references(*key, args.pairs) for key in dict.fromkeys(zip(seed.tolist(), difficulty))}
@@ -242,7 +244,7 @@ class Record:
             raise UsageError("--difficulty 1 with one asked factor: nothing is left for the context; ask two factors (--ask) or raise it")
         number = HELD_OUT + torch.arange(sequences, device=device).expand(len(runs), -1)
         self.held_out = world.sample(seed, mappings(difficulty, device), number, args.pairs, held_out=True)
-        self.free = [level["no_context_loss"] for level in self.references]
+        self.free = [level["no_context_loss"] for level in self.references]  # (run)
         if not world.n_label:  # predicting zero on the very sequences a run is judged on: w differs between them
             self.free = world.loss(torch.zeros_like(self.held_out.y), self.held_out).mean((1, 2)).tolist()
         else:
@@ -308,27 +310,27 @@ class Record:
             yield step
 
     def measure(self, step: int) -> None:
-        """Evaluate all runs, and probe them when it is time; the numbers stay on the device."""
+        """Evaluate all runs, and probe them when it is time."""
         self.loss_by_position, self.accuracy_by_position = evaluate(self.model, self.world, self.held_out)
         loss = self.loss_by_position.mean(1)
         broken = ~loss.isfinite()  # a run that blew up has no accuracy and no score
         self.accuracy_by_position = self.accuracy_by_position.masked_fill(broken[:, None], math.nan)
         self.steps.append(step)
-        self.loss.append(loss)
-        self.accuracy.append(self.accuracy_by_position.mean(1))
+        self.loss.append(loss.tolist())
+        self.accuracy.append(self.accuracy_by_position.mean(1).tolist())
         if step in self.due_probes:
             began = time.perf_counter()
             self.probe_steps.append(step)
             blank = lambda score: score.masked_fill(broken.view(-1, *[1] * (score.dim() - 1)), math.nan)
-            self.scores.append({key: blank(score) for key, score in self.prober(self.model).items()})
+            self.scores.append({key: blank(score).tolist() for key, score in self.prober(self.model).items()})
             if self.world.n_label:
                 self.fresh_accuracy = blank(evaluate(self.model, self.world, self.fresh)[1].mean(1))
             self.seconds["probing"] += time.perf_counter() - began
 
     def line(self, first: int, seconds: float) -> str:
         """The newest evaluation: medians over seeds of loss, accuracy and weights score, speed, time left."""
-        loss, accuracy = self.loss[-1].tolist(), self.accuracy[-1].tolist()
-        weights = self.scores[-1]["weights_score"][:, self.block].tolist()
+        loss, accuracy = self.loss[-1], self.accuracy[-1]
+        weights = [blocks[self.block] for blocks in self.scores[-1]["weights_score"]]
         step = self.steps[-1]
         for r in (r for r, value in enumerate(loss) if not math.isfinite(value) and r not in self.warned):
             self.warned.add(r)
@@ -388,8 +390,10 @@ class Record:
 
     def finished_runs(self) -> list[dict]:
         """The runs of metrics.json."""
-        loss, accuracy = number(torch.stack(self.loss).T.tolist()), number(torch.stack(self.accuracy).T.tolist())
-        scores = {key: number(torch.stack([s[key] for s in self.scores], 1).tolist()) for key in self.scores[0]}  # [run][probe][block]
+        loss, accuracy = number([*map(list, zip(*self.loss))]), number([*map(list, zip(*self.accuracy))])
+        scores = {
+            key: number([*map(list, zip(*(s[key] for s in self.scores)))]) for key in self.scores[0]
+        }  # [run][probe][block], or [run][probe][block][factor]
         if not self.world.n_label:  # on the very sequences that the runs are judged on
             count, last = len(self.held_out.y[0]), "least_squares_loss_by_position"
             keys = {(run["seed"], run["difficulty"]) for run in self.runs}
@@ -510,9 +514,8 @@ def train_programs(args, runs: list[dict], train) -> dict | None:
     programs = []
     for _, group in itertools.groupby(mine, lambda pair: pair[1].get("size")):
         group = list(group)
-        programs += [
-            group[i : i + (args.runs_per_program or len(group))] for i in range(0, len(group), args.runs_per_program or len(group))
-        ]
+        most = args.runs_per_program or len(group)
+        programs += [group[i : i + most] for i in range(0, len(group), most)]
     parts = []
     for k, program in enumerate(programs):
         name = "checkpoint.pt" if PROCESSES == len(programs) == 1 else f"checkpoint-{RANK}-{k}.pt"
@@ -643,6 +646,26 @@ def budgeted_length(run: dict) -> int:
     return run["steps"][-1] if run["censored"] else run["plateau_length"]
 
 
+def draw_lengths(ax, runs: list[dict], place: float, colour, width: float, flip: bool = False) -> None:
+    """Plateau length of every run side by side around x = place (flip: y), a hollow triangle = never; the bar is the median."""
+    for i, run in enumerate(runs):
+        at = place + width * ((i + 0.5) / len(runs) - 0.5), budgeted_length(run)
+        ax.plot(*(at[::-1] if flip else at), color=colour, ms=5, **(dict(marker="^", mfc="none") if run["censored"] else dict(marker="o")))
+    middle = statistics.median(map(budgeted_length, runs))
+    (ax.vlines if flip else ax.hlines)(middle, place - width / 2, place + width / 2, color=colour, lw=3)
+
+
+def draw_groups(ax, names: list, groups: dict) -> None:
+    """draw_lengths of several arms beside each other at every name. groups: label -> (colour, one list of runs per name)."""
+    for k, (label, (colour, lists)) in enumerate(groups.items()):
+        for place, runs in enumerate(lists):
+            if runs:
+                draw_lengths(ax, runs, place + 0.8 * ((k + 0.5) / len(groups) - 0.5), colour, 0.6 / len(groups))
+        ax.plot([], [], color=colour, lw=3, label=label)
+    ax.set_xticks(range(len(names)), [str(name).replace("inf", "\u221e") for name in names])
+    ax.set(ylabel="plateau length (steps, \u25b3 = never)", ylim=(0, 1.04 * ax.get_ylim()[1]), xlim=(-0.5, len(names) - 0.5))
+
+
 def score_change(run: dict) -> float | None:
     """Weights score at the headline block, end minus start; None for a run that diverged."""
     return None if run["final_weights_score"] is None else run["final_weights_score"] - run["initial_weights_score"]
@@ -657,17 +680,18 @@ def draw_arms(metrics: dict, title: str):
     m, size, block = last["difficulty"], last.get("size"), last["headline_block"]
     here = [run for run in metrics["runs"] if (run["difficulty"], run.get("size")) == (m, size)]
     best = {r["arm"]: r["lr"] for r in metrics["summary"] if r["best_lr"] and (r["difficulty"], r["size"]) == (m, size)}
-    colours = dict(zip(best, ["black", *plt.cm.tab10.colors, *plt.cm.Set2.colors]))
+    colours = dict(zip(best, itertools.chain(["black"], itertools.cycle([*plt.cm.tab10.colors, *plt.cm.Set2.colors]))))
     mine = lambda arm, lr: [run for run in here if (run["arm"], run["lr"]) == (arm, lr)]
     label = lambda arm, lr: f"{arm} (lr {lr:g})" if len(rates) > 1 else arm
     groups = {label(arm, lr): (colours[arm], mine(arm, lr)) for arm, lr in best.items()}
     budget, level, score = last["steps"][-1], metrics["reference"][str(m)], lambda key: lambda run: [row[block] for row in run[key]]
     figure, axes = plt.subplots(2, 3, figsize=(15, 8.4), layout="constrained")
     a, b, c, d, e, f = axes.flat
-    figure.suptitle(
-        f"{title}; target {'d' if metrics['args'].get('task') == 'linear' else 'm'} = {m}".replace("inf", "\u221e")
-        + (f", {size}" if size else "")
+    left = ", ".join(f"{arm} {sum(not run['censored'] for run in mine(arm, lr))} of {len(mine(arm, lr))}" for arm, lr in best.items())
+    target = (
+        f"; target {'d' if metrics['args'].get('task') == 'linear' else 'm'} = {m}" if metrics["args"].get("text") != "wordselect" else ""
     )
+    figure.suptitle(f"{title}{target}{f', {size}' if size else ''}. Runs that left the plateau: {left}".replace("inf", "\u221e"))
 
     relative = lambda run: level["no_context_loss"] / run["no_context_loss"]  # runs differ a little in what zero knowledge gives
     curves(a, groups, "steps", lambda run: [v and v * relative(run) for v in run["loss"]])
@@ -691,11 +715,10 @@ def draw_arms(metrics: dict, title: str):
           ylabel="weights score: error, lower is better" if error else "weights score", yscale="log" if error else "linear")  # fmt: skip
     curves(c, groups, "probe_steps", score("spread"))
     c.set(title="(c) Spread of the states", xlabel="step", ylabel="spread", xlim=0, yscale="log")
+    c.yaxis.set_major_formatter("{x:g}")
+    c.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # 5, not 5 x 10^0
     for place, (arm, lr) in enumerate(best.items()):
-        for i, run in enumerate(mine(arm, lr)):
-            shape = dict(marker="^", mfc="none") if run["censored"] else dict(marker="o")
-            d.plot(budgeted_length(run), place + 0.5 * (i + 0.5) / len(mine(arm, lr)) - 0.25, color=colours[arm], ms=5, **shape)
-        d.plot(statistics.median(map(budgeted_length, mine(arm, lr))), place, "|", color=colours[arm], ms=26, mew=3)
+        draw_lengths(d, mine(arm, lr), place, colours[arm], 0.5, flip=True)
     d.set_yticks(range(len(best)), list(groups))
     d.invert_yaxis()
     d.set(title="(d) Plateau length at the best rate (\u25b3 = never)", xlabel="steps", xlim=(0, 1.05 * budget))
@@ -704,19 +727,17 @@ def draw_arms(metrics: dict, title: str):
         curves(e, groups, "probe_steps", score("weights_score_converged"))
         e.set(title="(e) The same with a converged probe", xlabel="step", xlim=0, ylabel=b.get_ylabel())
         return figure, f, colours, best
-    rows = [r for r in metrics["summary"] if r["size"] == size]
-    if len(difficulties) == 1:
-        against, places, names = "learning rate", rates, [f"{rate:g}" for rate in rates]
-        e.set_xscale("log")
-    else:
-        against, places, names = "difficulty", range(len(difficulties)), [str(v).replace("inf", "\u221e") for v in difficulties]
-        rows = [r for r in rows if r["best_lr"]]
-    for arm, colour in colours.items():
-        e.plot(places, [r["plateau_length_median"] for r in rows if r["arm"] == arm], "o-", color=colour)
-    e.set(title=f"(e) Plateau length against {against} (median)", xlabel=against, ylabel="steps", ylim=(0, 1.05 * budget))
-    e.minorticks_off()
-    e.set_xticks(places, names)
+    against, key, places = ("learning rate", "lr", rates) if len(difficulties) == 1 else ("difficulty", "difficulty", difficulties)
+    rows = [row for row in metrics["summary"] if row["size"] == size and (key == "lr" or row["best_lr"])]
+    of = lambda arm, place: [runs_of_row(metrics, row) for row in rows if (row["arm"], row[key]) == (arm, place)]
+    draw_groups(e, places, {arm: (colour, [sum(of(arm, place), []) for place in places]) for arm, colour in colours.items()})
+    e.set(title=f"(e) Plateau length against {against}", xlabel=against)
     return figure, f, colours, best
+
+
+def runs_of_row(metrics: dict, row: dict) -> list[dict]:
+    """The runs that a row of the summary is about."""
+    return [run for run in metrics["runs"] if all(run.get(key) == row[key] for key in ("arm", "difficulty", "lr", "size"))]
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float | None:

@@ -210,7 +210,7 @@ class Items:
     def references(self, seed: int, difficulty: float, n: int, sequences: int = 1024) -> dict:
         """Levels for one run: losses in nats, accuracies as fractions; all computed from the world and the run's mappings.
 
-        chance, no_context_loss: the best prediction from x alone. label_set_loss: knowing only which labels can occur.
+        chance, no_context_loss: the best prediction from x alone. label_set_loss: from knowing which factor is asked, but no mapping.
         bayes_*: the best prediction from x and the pairs before it, on held-out sequences. All for a learner that sees the factors
         of x: where x does not show them fully (texts that are cut), they are bounds.
         """
@@ -221,7 +221,7 @@ class Items:
         per_value = repeat(uniform, "f c -> f v c", v=max(sizes))  # P(label | factor, value)
         if difficulty != math.inf:
             tables = self.permutation(seeds, torch.arange(int(difficulty), device=device)[:, None], asked)
-            per_value = F.one_hot(tables, max(sizes)).double().mean(0)
+            per_value = torch.stack([(tables == label).double().mean(0) for label in range(max(sizes))], -1)
         values = self.values[:, self.asked]
         if self.weight is not None or len(values) > 20_000:
             values = values[self.draw(20_000, True, torch.Generator().manual_seed(0))]
@@ -558,13 +558,15 @@ def shapes(factors=SIZES, ask=(), embedding="code", code_width=32, code_gain=2.0
     else:
         table = load_embedding(embedding)[np.ravel_multi_index(full.T, SIZES)]
     if embedding in ("code", "pixels", "vae"):
-        table = (table - table.mean(0)) / (table.std(0) + 1e-6)
+        mean, deviation = table.mean(0), table.std(0) + 1e-6
+        table -= mean  # in place: at paper scale this is gigabytes
+        table /= deviation
     order = np.random.default_rng(0).permutation(len(grid))
     cut = round(0.8 * len(grid))
     if not 0 < cut < len(grid):
         raise UsageError(f"--factors: {len(grid)} images leave none to hold out; give more values")
     to = lambda a: torch.as_tensor(a, device=device)
-    return Items(FACTORS, factors, asked, to(grid), to(table).float(), to(order[:cut]), to(order[cut:]), to(full))
+    return Items(FACTORS, factors, asked, to(grid), to(table.astype(np.float32, copy=False)), to(order[:cut]), to(order[cut:]), to(full))
 
 
 # ---------------------------------------------------------------------------------------------- reference levels
