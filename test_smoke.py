@@ -1362,6 +1362,11 @@ def facts():
     yield f"all {left[0]} mixed runs leave, at both rates, and {left[1]} of {len(plain)} baselines"
     fell = sum(probes.score_change(run) < 0 for run in plain)
     yield f"the weights score of all mixed runs ends above its start, that of {fell} baselines below"
+    runs = of("mixture_fractions")
+    up = [probes.score_change(run) > 0 for run in runs if run["fraction"]]
+    assert all(up)
+    below = [probes.score_change(run) < 0 for run in runs if not run["fraction"]]
+    yield f"the score of all {len(up)} mixed runs ends above its start, that of {sum(below)} of {len(below)} baselines below"
     lax = lambda name, arm: [run["plateau_length_other_rules"]["0.9"] for run in of(name, arm=arm, lr=1e-3)]
     got = [f"{v:,}" for v in lax("mixture_unrelated", "50% unrelated") if v]
     yield f"{sum(v is not None for v in lax('mixture_unrelated', 'baseline'))} of 5 baselines leaves"
