@@ -1270,6 +1270,9 @@ def test_every_command_of_the_readme_runs(command, tmp_path, monkeypatch):
         (tmp_path / script).write_text((HERE / original).read_text())
         monkeypatch.syspath_prepend(tmp_path)
     small = f"{TRAIN} --pairs 9" if "--task linear" in flags else f"{TRAIN} --pairs 4" if script == "exp_nlp.py" else SMALL
+    small += f" {FEW_MEASURES}"
+    if "--scale paper" in flags and "--difficulty" not in flags:
+        small += " --difficulty 1 1000 inf"  # the Bayes levels of 20,000 mappings take seconds
     if "--conllu" in flags:  # the reader's own file
         made_conllu(tmp_path / "made.conllu")
         flags = re.sub(r"--conllu( \S+conllu)+", f"--conllu {tmp_path}/made.conllu", flags)
@@ -1362,6 +1365,10 @@ def facts():
     yield f"all {left[0]} mixed runs leave, at both rates, and {left[1]} of {len(plain)} baselines"
     fell = sum(probes.score_change(run) < 0 for run in plain)
     yield f"the weights score of all mixed runs ends above its start, that of {fell} baselines below"
+    slow = [probes.budgeted_length(run) for run in of("warmup_long", arm="baseline", lr=5e-4)]
+    for text, name, arm in (("norm at 1e-3 is sooner", "aux10", "norm:0.01"), ("weights + norm", "aux10_controls", "weights:0.1+norm:0.01")):
+        saved = [then - run["plateau_length"] for then, run in zip(slow, of(name, arm=arm, lr=1e-3))]
+        yield f"{text} by {' '.join(f'{steps:,}' for steps in saved)}"
     runs = of("mixture_fractions")
     up = [probes.score_change(run) > 0 for run in runs if run["fraction"]]
     assert all(up)
