@@ -34,14 +34,14 @@ ARMS = ("baseline", "warmup", "mixture", "weights", "context", "norm")
 PAD, UNKNOWN, STOP, FIRST = range(4)  # every text ends in STOP, where its label is predicted; words are numbered from FIRST
 
 SCALES = {  # defaults only: any flag overrides them
-    "laptop": dict(arm=["baseline", "weights", "norm"], difficulty=[8], lr=[1e-3], weight=1.0, switch=400, text="grammar",
-                   texts=20_000, words=11, vocabulary=1000, steps=1000, batch=48, pairs=8,
-                   n_layer=3, n_head=2, d_model=64, evaluations=100, probes=5),
+    "laptop": dict(arm=["baseline", "weights", "context"], difficulty=[4], lr=[2e-3], weight=1.0, switch=400, text="grammar",
+                   texts=20_000, words=11, vocabulary=1000, steps=1000, batch=24, pairs=6,
+                   n_layer=3, n_head=2, d_model=48, evaluations=50, probes=2),
     "paper": dict(arm=list(ARMS), difficulty=[20000], lr=[1e-4], weight=0.1, switch=3905, text="grammar", texts=20_000, words=32,
                   vocabulary=8000, steps=46860, batch=128, pairs=20, n_layer=12, n_head=4, d_model=128, evaluations=240, probes=30),
 }  # fmt: skip
 WORDSELECT = dict(arm=["baseline", "weights", "context", "norm"], difficulty=[1.0])  # there is no mapping to ease
-WORDSELECT_LAPTOP = dict(lr=[2e-3], steps=1000, batch=24, pairs=6, d_model=32)
+WORDSELECT_LAPTOP = dict(d_model=32, evaluations=100, probes=5)
 
 
 def arguments() -> argparse.Namespace:
@@ -66,7 +66,7 @@ def arguments() -> argparse.Namespace:
     run.add_argument("--runs-per-program", type=int, default=0, help="split what does not fit in memory; 0 = all runs in one program")
     exp = parser.add_argument_group("experiment")
     exp.add_argument("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, one or several; inf = always fresh")
-    exp.add_argument("--arm", choices=ARMS, nargs="+", help="strategies to compare (laptop: baseline weights norm; paper: all)")
+    exp.add_argument("--arm", choices=ARMS, nargs="+", help="strategies to compare (laptop: baseline weights context; paper: all)")
     exp.add_argument("--switch", type=int, help="warmup: steps on one mapping")
     exp.add_argument("--fraction", type=float, default=0.5, help="mixture: part of every batch on one mapping (default 0.5)")
     exp.add_argument("--weight", type=float, help="of the weights and context losses")

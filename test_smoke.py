@@ -1347,6 +1347,20 @@ def facts():
         runs = of(name, arm="baseline")
         start, low = ([at(run, "weights_score_converged", probe) for run in runs] for probe in (0, two))
         yield f"from {show(start)} to {show(low)} {one}"
+    runs, asked = of("nlp_arms"), [list(asset("nlp_arms")["attributes"]).index(name) for name in ("tense", "sentiment")]
+    read = [[max(block[f] for block in run["weights_score_by_factor"][-1]) for f in asked] for run in runs]
+    left = [min(both) for both, run in zip(read, runs) if not run["censored"]]
+    assert min(left) > 0.9
+    stay = [sentiment < 0.6 for (_, sentiment), run in zip(read, runs) if run["censored"]]
+    yield f"all {len(left)} runs that leave read both, {sum(stay)} of the {len(stay)} that stay do not"
+    yield f"{sum(stay)} of the {len(stay)} that stay cannot read the sentiment at all"
+    mixed = [(min(both) > 0.9, not run["censored"]) for both, run in zip(read, runs) if run["arm"] == "mixture"]
+    yield f"all {sum(a for a, _ in mixed)} mixed runs read both, and {sum(b for _, b in mixed)} leaves"
+    weights, plain = (of("nlp_arms", arm=arm, lr=2e-3) for arm in ("weights", "baseline"))
+    lax = lambda runs: " ".join(str(run["plateau_length_other_rules"]["0.9"] or "-") for run in runs)
+    end = lambda runs: show(run["loss"][-1] for run in runs)
+    yield f"({lax(weights)} against {lax(plain)})"
+    yield f"({end(weights)} against {end(plain)})"
     least = lambda run: Regression(6).references(run["seed"], run["difficulty"], 13, 64)["least_squares_loss_by_position"][-1]
     gaps = []
     for arm, lr in (("baseline", 1e-3), ("weights:0.1", 2e-3), ("norm:0.01", 2e-3)):
@@ -1366,7 +1380,10 @@ def facts():
     fell = sum(probes.score_change(run) < 0 for run in plain)
     yield f"the weights score of all mixed runs ends above its start, that of {fell} baselines below"
     slow = [probes.budgeted_length(run) for run in of("warmup_long", arm="baseline", lr=5e-4)]
-    for text, name, arm in (("norm at 1e-3 is sooner", "aux10", "norm:0.01"), ("weights + norm", "aux10_controls", "weights:0.1+norm:0.01")):
+    for text, name, arm in (
+        ("norm at 1e-3 is sooner", "aux10", "norm:0.01"),
+        ("weights + norm", "aux10_controls", "weights:0.1+norm:0.01"),
+    ):
         saved = [then - run["plateau_length"] for then, run in zip(slow, of(name, arm=arm, lr=1e-3))]
         yield f"{text} by {' '.join(f'{steps:,}' for steps in saved)}"
     runs = of("mixture_fractions")
