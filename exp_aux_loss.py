@@ -197,7 +197,7 @@ def plot(metrics: dict, path: Path) -> None:
     if linear:
         f.set_xscale("symlog", linthresh=1e-4)
     f.set(
-        title="(f) Steps saved" + "; left of 0: the baseline has dysfunction" * (not linear),
+        title="(f) Steps saved" + "; left of 0: dysfunction" * (not linear),
         xlabel="baseline's weights score, end minus start" + " (an error)" * linear,
         ylabel="steps saved (same seed and rate)",
     )
