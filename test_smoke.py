@@ -1263,7 +1263,7 @@ def test_the_readme_has_commands_diffs_and_tables():
 
 @pytest.mark.parametrize("command", sorted({c.strip() for c in COMMANDS if c.split(".")[0] not in {mine for _, mine, _ in DIFFS}}))
 def test_every_command_of_the_readme_runs(command, tmp_path, monkeypatch):
-    script, _, flags = re.sub("--(steps|seeds|probes|evaluations) [0-9]+", "", command).partition(" ")
+    script, _, flags = re.sub("--(steps|seeds|probes|evaluations|batch|pairs) [0-9]+", "", command).partition(" ")
     original = script
     if not (HERE / script).exists():  # the reader's copy
         (original,) = re.findall(rf"^cp (\w+\.py) {script}$", README, re.M)
@@ -1361,6 +1361,12 @@ def facts():
     end = lambda runs: show(run["loss"][-1] for run in runs)
     yield f"({lax(weights)} against {lax(plain)})"
     yield f"({end(weights)} against {end(plain)})"
+    minutes = {}  # of one core
+    for path in sorted((HERE / "assets").glob("*.json")):
+        where = dict_of(path).get("environment", {})
+        if "seconds" in where:
+            minutes[path.stem] = where["seconds"] / 60 * int(where["device"].split()[-2])
+    yield ", ".join(f"{name} {value:.0f}" for name, value in minutes.items()) + f"; {sum(minutes.values()) / 60:.0f} hours"
     least = lambda run: Regression(6).references(run["seed"], run["difficulty"], 13, 64)["least_squares_loss_by_position"][-1]
     gaps = []
     for arm, lr in (("baseline", 1e-3), ("weights:0.1", 2e-3), ("norm:0.01", 2e-3)):
@@ -1379,6 +1385,11 @@ def facts():
     yield f"all {left[0]} mixed runs leave, at both rates, and {left[1]} of {len(plain)} baselines"
     fell = sum(probes.score_change(run) < 0 for run in plain)
     yield f"the weights score of all mixed runs ends above its start, that of {fell} baselines below"
+    runs = of("mixture_sizes")
+    up, below = ([probes.score_change(run) > 0 for run in runs if bool(run["fraction"]) == mixed] for mixed in (True, False))
+    assert all(up)
+    yield f"the score of all {len(up)} mixed runs ends above its start, that of {below.count(False)} of {len(below)} baselines below"
+    assert all(run["censored"] for run in runs if run["size"].startswith("1") or run["size"].endswith("32"))
     slow = [probes.budgeted_length(run) for run in of("warmup_long", arm="baseline", lr=5e-4)]
     for text, name, arm in (
         ("norm at 1e-3 is sooner", "aux10", "norm:0.01"),
