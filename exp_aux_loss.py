@@ -39,7 +39,7 @@ SCALES = {  # defaults only: any flag overrides them
     ("shapes", "paper"): dict(loss=EXTRAS, difficulty=[20000], lr=[1e-4], embedding="code",
                               factors=SIZES, ask=FACTORS, code_width=768, code_gain=2.5, sequences=100_000, steps=46860, batch=128,
                               pairs=40, n_layer=12, n_head=4, d_model=128, evaluations=240, probes=30),
-    ("linear", "laptop"): dict(loss=["none", "weights", "norm"], difficulty=[2, 4, 6], lr=[1e-3], noise=0.0, sequences=0, steps=1600,
+    ("linear", "laptop"): dict(loss=["none", "weights", "norm"], difficulty=[2, 4], lr=[1e-3], noise=0.0, sequences=0, steps=2000,
                                batch=32, n_layer=3, n_head=2, d_model=32, evaluations=80, probes=5),
     ("linear", "paper"): dict(loss=["none", "weights", "norm"], difficulty=[5, 10, 20, 30, 40, 50], lr=[1e-4], noise=0.0, sequences=0,
                               steps=200_000, batch=64, n_layer=12, n_head=4, d_model=128, evaluations=400, probes=20),
