@@ -1394,7 +1394,8 @@ def facts():
     yield "score falls by {:.3f}, {:.3f} and {:.3f}, with".format(*(-fall for fall in falls))
     slowest = of("larger_low", lr=1.25e-4)
     assert all(run["censored"] for run in of("larger_low"))
-    yield f"({' '.join(f'{probes.score_change(run):+.3f}' for run in slowest)}) and the loss has begun to fall ({show(run['loss'][-1] for run in slowest)},"
+    whole = " ".join(f"{probes.score_change(run):+.3f}" for run in slowest)
+    yield f"({whole}) and the loss has begun to fall ({show(run['loss'][-1] for run in slowest)},"
     slow = [probes.budgeted_length(run) for run in of("warmup_long", arm="baseline", lr=5e-4)]
     for text, name, arm in (
         ("norm at 1e-3 is sooner", "aux10", "norm:0.01"),
