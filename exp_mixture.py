@@ -79,10 +79,6 @@ def arguments() -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     probes.check(args)
-    if not all(0 <= f <= 1 and math.isclose(f * args.batch, round(f * args.batch)) for f in args.fraction):
-        raise UsageError(
-            f"--fraction {args.fraction}: must lie in 0 .. 1 and make a whole number of the {args.batch} sequences of a --batch"
-        )
     if args.easy_difficulty >= min(args.difficulty):
         raise UsageError(f"--easy-difficulty {args.easy_difficulty:g}: must be easier than every --difficulty")
     return args
@@ -142,17 +138,18 @@ def arms(args: argparse.Namespace) -> list[dict]:
 def plot(metrics: dict, path: Path) -> None:
     figure, f, colours, best = probes.draw_arms(metrics, "Mixed training")
     args, last = metrics["args"], metrics["runs"][-1]
-    rows = [row for row in metrics["summary"] if row["best_lr"] and row["difficulty"] == last["difficulty"]]
-    sizes = list(dict.fromkeys(row["size"] for row in rows))
-    of = lambda arm, size: sum([probes.runs_of_row(metrics, row) for row in rows if (row["arm"], row["size"]) == (arm, size)], [])
+    at_best = [run for run in probes.at_best_rate(metrics) if run["difficulty"] == last["difficulty"]]
+    sizes = list(dict.fromkeys(run["size"] for run in at_best))
     if len(sizes) > 1:
-        probes.draw_groups(f, sizes, {arm: (colour, [of(arm, size) for size in sizes]) for arm, colour in colours.items()})
+        here = lambda arm, size: [run for run in at_best if (run["arm"], run["size"]) == (arm, size)]
+        probes.draw_groups(f, sizes, {arm: (colour, [here(arm, size) for size in sizes]) for arm, colour in colours.items()})
         f.set(title="(f) Against the size of the model", xlabel="blocks x width")
     else:
-        name = lambda fraction, mix: f"{100 * fraction:g}% {mix}" if fraction else "baseline"
-        groups = {f"mixed with {mix}": (colour, [of(name(fraction, mix), last["size"]) for fraction in args["fraction"]])
+        here = lambda mix, fraction: [run for run in at_best if run["fraction"] == fraction and (run["mix"] == mix or not fraction)]
+        fractions = sorted(args["fraction"])
+        groups = {f"mixed with {mix}": (colour, [here(mix, fraction) for fraction in fractions])
                   for mix, colour in zip(args["mix"], plt.cm.tab10.colors)}  # fmt: skip
-        probes.draw_groups(f, args["fraction"], groups)
+        probes.draw_groups(f, fractions, groups)
         f.set(title="(f) Against the mixture", xlabel="fraction of the batch")
     f.legend(fontsize=8)
     probes.save_figure(path, figure)

@@ -107,12 +107,6 @@ def arguments() -> argparse.Namespace:
         raise UsageError("--text wordselect: has no mappings; leave out --difficulty and the arms (--arm) warmup and mixture")
     if "warmup" in args.arm and not 0 <= args.switch < args.steps:
         raise UsageError(f"--switch {args.switch}: must lie inside the budget, 0 .. {args.steps - 1} (--steps)")
-    if not 0 <= args.fraction <= 1 or (
-        "mixture" in args.arm and not math.isclose(args.fraction * args.batch, round(args.fraction * args.batch))
-    ):
-        raise UsageError(
-            f"--fraction {args.fraction}: must lie in 0 .. 1 and make a whole number of the {args.batch} sequences of a --batch"
-        )
     for name, weight in (("weight", args.weight), ("norm-weight", args.norm_weight)):
         if not 0 <= weight < math.inf:
             raise UsageError(f"--{name} {weight}: must be a number from 0 up")
@@ -483,9 +477,10 @@ def bag_of_words(world: Items) -> dict[str, float]:
 
 def plot(metrics: dict, path: Path) -> None:
     source = metrics["args"]["conllu"] or metrics["args"]["tsv"] or metrics["args"]["text"]
-    figure, f, colours, best = probes.draw_arms(metrics, f"Text: {source if isinstance(source, str) else ' '.join(source)}")
-    last = metrics["runs"][-1]
-    if metrics["args"]["text"] == "wordselect":  # the fall begins far above what no context allows: any word at all
+    select, last = metrics["args"]["text"] == "wordselect", metrics["runs"][-1]
+    title = f"Text: {source if isinstance(source, str) else ' '.join(source)}"
+    figure, f, colours, best = probes.draw_arms(metrics, title, target=not select)
+    if select:  # the fall begins far above what no context allows: any word at all
         figure.axes[0].set_ylim(0, 1.05 * last["loss"][0])
     block, names, place = last["headline_block"], list(metrics["attributes"]), np.arange(len(metrics["attributes"]))
     for i, (arm, colour) in enumerate(colours.items()):

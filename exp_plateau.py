@@ -206,12 +206,12 @@ def plot(metrics: dict, path: Path) -> None:
     wide.set(yscale="log", ylabel="spread", ylim=(1, 3 * max(wide.get_ylim())))
     if linear:
         d.set_yscale("log")
+        d.set_ylim(top=100 * d.get_ylim()[1])  # room for the legend
     else:
         d.set_yticks([tick for tick in d.get_yticks() if 0 <= tick <= 1])
     d.set_xticks(place, [str(m).replace("inf", "\u221e") for m in difficulties])
     d.set(title="(d) Weights component at the end: lost or drowned?", xlabel="dimension d" if linear else "mappings m",
           ylabel="weights score: error" if linear else "weights score")  # fmt: skip
-    d.set_ylim(d.get_ylim()[0], d.get_ylim()[1] * (100 if linear else 1))  # room for the legend
     d.legend(*[sum(pair, []) for pair in zip(d.get_legend_handles_labels(), wide.get_legend_handles_labels())], fontsize=7,
              loc="upper left" if linear else "lower left")  # fmt: skip
 

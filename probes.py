@@ -390,10 +390,9 @@ class Record:
 
     def finished_runs(self) -> list[dict]:
         """The runs of metrics.json."""
-        loss, accuracy = number([*map(list, zip(*self.loss))]), number([*map(list, zip(*self.accuracy))])
-        scores = {
-            key: number([*map(list, zip(*(s[key] for s in self.scores)))]) for key in self.scores[0]
-        }  # [run][probe][block], or [run][probe][block][factor]
+        by_run = lambda rows: number([*map(list, zip(*rows))])  # [time][run] ... -> [run][time] ...
+        loss, accuracy = by_run(self.loss), by_run(self.accuracy)
+        scores = {key: by_run(s[key] for s in self.scores) for key in self.scores[0]}  # [run][probe][block], some [factor]
         if not self.world.n_label:  # on the very sequences that the runs are judged on
             count, last = len(self.held_out.y[0]), "least_squares_loss_by_position"
             keys = {(run["seed"], run["difficulty"]) for run in self.runs}
@@ -671,8 +670,10 @@ def score_change(run: dict) -> float | None:
     return None if run["final_weights_score"] is None else run["final_weights_score"] - run["initial_weights_score"]
 
 
-def draw_arms(metrics: dict, title: str):
+def draw_arms(metrics: dict, title: str, target: bool = True):
     """The five panels that every comparison of arms needs, for the hardest difficulty and the last size; a sixth is left to the script.
+
+    target: name the difficulty in the heading.
 
     Returns figure, sixth axes, colour of each arm, best learning rate of each arm.
     """
@@ -688,10 +689,9 @@ def draw_arms(metrics: dict, title: str):
     figure, axes = plt.subplots(2, 3, figsize=(15, 8.4), layout="constrained")
     a, b, c, d, e, f = axes.flat
     left = ", ".join(f"{arm} {sum(not run['censored'] for run in mine(arm, lr))} of {len(mine(arm, lr))}" for arm, lr in best.items())
-    target = (
-        f"; target {'d' if metrics['args'].get('task') == 'linear' else 'm'} = {m}" if metrics["args"].get("text") != "wordselect" else ""
-    )
-    figure.suptitle(f"{title}{target}{f', {size}' if size else ''}. Runs that left the plateau: {left}".replace("inf", "\u221e"))
+    symbol = "d" if metrics["args"].get("task") == "linear" else "m"
+    heading = title + f"; target {symbol} = {m}" * target + f", {size}" * bool(size)
+    figure.suptitle(f"{heading}. Runs that left the plateau: {left}".replace("inf", "\u221e"))
 
     relative = lambda run: level["no_context_loss"] / run["no_context_loss"]  # runs differ a little in what zero knowledge gives
     curves(a, groups, "steps", lambda run: [v and v * relative(run) for v in run["loss"]])
@@ -727,17 +727,22 @@ def draw_arms(metrics: dict, title: str):
         curves(e, groups, "probe_steps", score("weights_score_converged"))
         e.set(title="(e) The same with a converged probe", xlabel="step", xlim=0, ylabel=b.get_ylabel())
         return figure, f, colours, best
-    against, key, places = ("learning rate", "lr", rates) if len(difficulties) == 1 else ("difficulty", "difficulty", difficulties)
-    rows = [row for row in metrics["summary"] if row["size"] == size and (key == "lr" or row["best_lr"])]
-    of = lambda arm, place: [runs_of_row(metrics, row) for row in rows if (row["arm"], row[key]) == (arm, place)]
-    draw_groups(e, places, {arm: (colour, [sum(of(arm, place), []) for place in places]) for arm, colour in colours.items()})
+    if len(difficulties) == 1:
+        against, places, of = "learning rate", sorted(rates), mine
+    else:
+        at_best = [run for run in at_best_rate(metrics) if run.get("size") == size]
+        against, places = "difficulty", difficulties
+        of = lambda arm, difficulty: [run for run in at_best if (run["arm"], run["difficulty"]) == (arm, difficulty)]
+    draw_groups(e, places, {arm: (colour, [of(arm, place) for place in places]) for arm, colour in colours.items()})
     e.set(title=f"(e) Plateau length against {against}", xlabel=against)
     return figure, f, colours, best
 
 
-def runs_of_row(metrics: dict, row: dict) -> list[dict]:
-    """The runs that a row of the summary is about."""
-    return [run for run in metrics["runs"] if all(run.get(key) == row[key] for key in ("arm", "difficulty", "lr", "size"))]
+def at_best_rate(metrics: dict) -> list[dict]:
+    """The runs at the best learning rate of their arm, difficulty and size."""
+    key = lambda row: (row["arm"], row["difficulty"], row["lr"], row.get("size"))
+    best = {key(row) for row in metrics["summary"] if row["best_lr"]}
+    return [run for run in metrics["runs"] if key(run) in best]
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float | None:
@@ -859,6 +864,9 @@ def check(args) -> None:
             raise UsageError(f"{flag} {max(whole)}: is too large; give at most {10**8:,}")
         if key in ("lr", "code_gain") and value is not None and not all(0 < v < math.inf for v in values):
             raise UsageError(f"{flag} {value}: must be a positive number")
+        whole_rows = lambda f: "mixture" not in getattr(args, "arm", ["mixture"]) or math.isclose(f * args.batch, round(f * args.batch))
+        if key == "fraction" and not all(0 <= f <= 1 and whole_rows(f) for f in values):
+            raise UsageError(f"{flag} {value}: must lie in 0 .. 1 and make a whole number of the {args.batch} sequences of a --batch")
         if key == "d_model" and any(v % args.n_head for v in values):
             raise UsageError(f"--n-head {args.n_head}: must divide --d-model {value}")
     if not args.out.strip():

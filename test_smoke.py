@@ -1385,10 +1385,11 @@ def facts():
     yield f"all {left[0]} mixed runs leave, at both rates, and {left[1]} of {len(plain)} baselines"
     fell = sum(probes.score_change(run) < 0 for run in plain)
     yield f"the weights score of all mixed runs ends above its start, that of {fell} baselines below"
-    runs = of("mixture_sizes")
-    up, below = ([probes.score_change(run) > 0 for run in runs if bool(run["fraction"]) == mixed] for mixed in (True, False))
-    assert all(up)
-    yield f"the score of all {len(up)} mixed runs ends above its start, that of {below.count(False)} of {len(below)} baselines below"
+    for name in ("mixture_fractions", "mixture_sizes"):
+        runs = of(name)
+        up, below = ([probes.score_change(run) > 0 for run in runs if bool(run["fraction"]) == mixed] for mixed in (True, False))
+        assert all(up)
+        yield f"the score of all {len(up)} mixed runs ends above its start, that of {below.count(False)} of {len(below)} baselines below"
     assert all(run["censored"] for run in runs if run["size"].startswith("1") or run["size"].endswith("32"))
     falls = [probes.score_change(run) for run in of("larger", arm="baseline")]
     yield "score falls by {:.3f}, {:.3f} and {:.3f}, with".format(*(-fall for fall in falls))
@@ -1403,11 +1404,6 @@ def facts():
     ):
         saved = [then - run["plateau_length"] for then, run in zip(slow, of(name, arm=arm, lr=1e-3))]
         yield f"{text} by {' '.join(f'{steps:,}' for steps in saved)}"
-    runs = of("mixture_fractions")
-    up = [probes.score_change(run) > 0 for run in runs if run["fraction"]]
-    assert all(up)
-    below = [probes.score_change(run) < 0 for run in runs if not run["fraction"]]
-    yield f"the score of all {len(up)} mixed runs ends above its start, that of {sum(below)} of {len(below)} baselines below"
     lax = lambda name, arm: [run["plateau_length_other_rules"]["0.9"] for run in of(name, arm=arm, lr=1e-3)]
     got = [f"{v:,}" for v in lax("mixture_unrelated", "50% unrelated") if v]
     yield f"{sum(v is not None for v in lax('mixture_unrelated', 'baseline'))} of 5 baselines leaves"
