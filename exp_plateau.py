@@ -184,9 +184,9 @@ def plot(metrics: dict, path: Path) -> None:
 
     if "context_score" in runs[0]:
         probes.curves(c, groups, "probe_steps", lambda run: [row[-1] for row in run["context_score"]])
-    chance = 1 if linear else 1 / len(args["ask"])
-    c.axhline(chance, color="black", ls="--", lw=1)
-    c.text(budget, chance, "chance", ha="right", va="bottom", fontsize=8)
+        chance = 1 if linear else 1 / len(args["ask"])
+        c.axhline(chance, color="black", ls="--", lw=1)
+        c.text(budget, chance, "chance", ha="right", va="bottom", fontsize=8)
     c.set(title="(c) Context component (last block)", xlabel="step", xlim=0,
           ylabel="hidden vector w: error, lower is better" if linear else "which factor is asked: accuracy")  # fmt: skip
 
