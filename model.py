@@ -13,6 +13,7 @@ N(0, 0.02 / sqrt(2 n_layer))). x and y share one linear read-in, as in the paper
 from __future__ import annotations
 
 import argparse
+import ctypes
 import math
 import os
 import shutil
@@ -77,6 +78,13 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, x.shape[-1:]) * self.weight + self.bias
 
 
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """GPT-2's GELU, 0.5 x (1 + tanh(u)) = x sigmoid(2u): on a CPU the compiled exponential is faster than the tanh."""
+    if x.device.type != "cpu":
+        return F.gelu(x, approximate="tanh")
+    return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
+
+
 class Block(nn.Module):
     """One pre-norm GPT-2 block on x (r, b*t, d)."""
 
@@ -103,7 +111,7 @@ class Block(nn.Module):
         normed = self.norm_1(x)
         # "identity" is the authors' probe: attention hands back its own (normed) input, so no token sees another
         x = x + (self.attention(normed, tokens) if mixing == "attention" else normed)
-        return x + self.mlp_out(F.gelu(self.mlp_in(self.norm_2(x)), approximate="tanh"))
+        return x + self.mlp_out(gelu(self.mlp_in(self.norm_2(x))))
 
 
 class GPT(nn.Module):
@@ -248,6 +256,8 @@ def pick_device(device: str, precision: str) -> tuple[torch.device, str]:
             raise RuntimeError
         if device.type == "cuda":
             torch.cuda.set_device(device)  # what the compiler asks for
+        else:
+            keep_memory()
     except (RuntimeError, AssertionError):
         raise UsageError(f"--device {device}: not available here; use --device cpu") from None
     if precision == "auto":
@@ -255,6 +265,14 @@ def pick_device(device: str, precision: str) -> tuple[torch.device, str]:
         fast = torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else of_cpu()
         precision = "bf16" if fast else "fp32"
     return device, precision
+
+
+def keep_memory() -> None:
+    """Freed memory stays with the process: else Linux takes and clears tens of megabytes anew at every step of a CPU."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:  # of glibc: never map, never trim, grow by 256 MB, one arena for all threads
+        for option, value in ((-4, 0), (-1, -1), (-2, 2**28), (-8, 1)):
+            mallopt(option, value)
 
 
 def autocast(device: torch.device, precision: str):
