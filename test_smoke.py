@@ -1346,6 +1346,12 @@ def dict_of(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
+def core_minutes(path: Path) -> float:
+    """Of the training that a JSON is of."""
+    where = dict_of(path).get("environment", {})
+    return where["seconds"] / 60 * int(where["device"].split()[-2]) if "seconds" in where else 0
+
+
 def facts():
     """Sentences of the README, computed."""
     asset = lambda name: dict_of(HERE / "assets" / f"{name}.json")
@@ -1358,19 +1364,38 @@ def facts():
         runs = of("plateau", difficulty=m)
         yield f"{' '.join(f'{probes.score_change(run):+.3f}' for run in runs)} at m = {m}"
         yield f"{show(run['context_score'][-1][-1] for run in runs)} at " + ("m = 1" if m == 1 else "inf")
-    image_files = "plateau rates fp32 aux_loss aux10 aux10_controls mixture warmup warmup_long warmup_keep mixture_long mixture_unrelated"
-    again: dict = {}  # the same run of other programs, unless equal to the last digit
-    for run in sum((of(name, arm="baseline") for name in image_files.split()), []):
-        again.setdefault((run["difficulty"], run["lr"], run["seed"]), {})[run["steps"][-1], run["loss"][-1]] = run
-    fallen = [run for runs in again.values() for run in runs.values() if probes.score_change(run) < -0.03]
-    lost = sorted((-change(run, "weights_score_converged") for run in fallen), reverse=True)
-    assert lost[2] < 0.0105
-    yield f"in {len(fallen)} baselines it falls by more than 0.03; the converged score falls by at most 0.01 in {len(fallen) - 2} of them"
-    yield f"by {lost[1]:.3f} and {lost[0]:.3f} in the other two"
+    runs = of("plateau", difficulty="inf")
+    falls = lambda key: sorted(-change(run, key) for run in runs)
+    for key, words in (("weights_score", "the paper's probe"), ("weights_score_converged", "the converged one")):
+        yield f"{words} falls by {falls(key)[0]:.3f} to {falls(key)[-1]:.3f}"
+    yield f"from {at(runs[0], 'spread', 0):.1f} to {show([at(run, 'spread') for run in runs], 0)}"
+    twins: dict = {}  # the same run in several programs, unless equal to the last digit
+    for path in (HERE / "assets").glob("*.json"):
+        args = dict_of(path).get("args", {})
+        if args.get("embedding") == "code":
+            world = [args[key] for key in ("factors", "ask", "code_width", "code_gain", "batch", "pairs")]
+            for run in dict_of(path)["runs"]:
+                size = run.get("size") or re.sub(r"[][]", "", "{n_layer} x {d_model}".format(**args))
+                key = f"{world} {size} {run['difficulty']} {run['arm']} {run['seed']}"
+                twins.setdefault((run["lr"], key), {})[run["steps"][-1], run["loss"][-1]] = run
     apart = lambda values: max(values) - min(values) if values else 0
-    steps = max(apart([run["plateau_length"] for run in runs.values() if not run["censored"]]) for runs in again.values())
-    score = max(apart([probes.score_change(run) for run in runs.values() if run["steps"][-1] == 2500]) for runs in again.values())
-    yield f"moved by up to {steps} steps and, at 2e-3, by {score:.2f} in score"
+    moved, wandered = [], []
+    for lr in (5e-4, 1e-3, 2e-3):
+        here = [list(runs.values()) for (rate, _), runs in twins.items() if rate == lr]
+        moved.append(max(apart([run["plateau_length"] for run in runs if not run["censored"]]) for runs in here))
+        same = [[probes.score_change(run) for run in runs if run["steps"][-1] == end] for runs in here for end in (1700, 2500, 3000, 4000)]
+        wandered.append(max(map(apart, same)))
+    yield "moved by up to {}, {} and {} steps at 5e-4, 1e-3 and 2e-3 where it left each time".format(*moved)
+    yield "its score by {:.2f}, {:.2f} and {:.2f}".format(*wandered)
+    seed2 = [
+        of(name, arm="50% easy", lr=1e-3, seed=2)[-1]["plateau_length"] for name in ("mixture_sizes", "mixture_long", "mixture_fractions")
+    ]
+    yield "one mixed run left at {:,}, at {:,} and not within 3,000 steps".format(*seed2[:2] if seed2[2] is None else ())
+    fallen = [run for runs in twins.values() for run in runs.values() if run["arm"] == "baseline" and probes.score_change(run) < -0.03]
+    lost = sorted(-change(run, "weights_score_converged") for run in fallen)
+    small = [fall for fall in lost if fall < 0.0105]
+    yield f"in {len(fallen)} baselines it falls by more than 0.03; the converged score falls by at most 0.01 in {len(small)} of them"
+    yield f"of them, by {show(lost[len(small) :], 3)} in the others"
     for name, one, two in (("nlp", "on the plateau", 1), ("wordselect", "at step 200", 1)):
         runs = of(name, arm="baseline")
         start, low = ([at(run, "weights_score_converged", probe) for run in runs] for probe in (0, two))
@@ -1380,7 +1405,9 @@ def facts():
     left = [min(both) for both, run in zip(read, runs) if not run["censored"]]
     assert min(left) > 0.9
     stay = [sentiment < 0.6 for (_, sentiment), run in zip(read, runs) if run["censored"]]
-    yield f"all {len(left)} runs that leave read both, {sum(stay)} of the {len(stay)} that stay do not"
+    unread = [min(both) < 0.9 for both, run in zip(read, runs) if run["censored"]]
+    yield f"all {len(left)} runs that leave read both, {sum(unread)} of the {len(stay)} that stay do not"
+    yield f"in some block), {sum(unread)} of the {len(stay)} that stay do not"
     yield f"{sum(stay)} of the {len(stay)} that stay cannot read the sentiment at all"
     mixed = [(min(both) > 0.9, not run["censored"]) for both, run in zip(read, runs) if run["arm"] == "mixture"]
     yield f"all {sum(a for a, _ in mixed)} mixed runs read both, and {sum(b for _, b in mixed)} leaves"
@@ -1389,12 +1416,11 @@ def facts():
     end = lambda runs: show(run["loss"][-1] for run in runs)
     yield f"({lax(weights)} against {lax(plain)})"
     yield f"({end(weights)} against {end(plain)})"
-    minutes = {}  # of one core
-    for path in sorted((HERE / "assets").glob("*.json")):
-        where = dict_of(path).get("environment", {})
-        if "seconds" in where:
-            minutes[path.stem] = where["seconds"] / 60 * int(where["device"].split()[-2])
-    yield ", ".join(f"{name} {value:.0f}" for name, value in minutes.items()) + f"; {sum(minutes.values()) / 60:.0f} hours"
+    yield f"{sum(core_minutes(path) for path in (HERE / 'assets').glob('*.json')) / 60:.0f} hours of one older CPU core"
+    first = README[README.index("| # |") : README.index("Rows 5 to 9")]
+    for row in first.strip().splitlines()[2:]:
+        minutes = sum(core_minutes(HERE / "assets" / f"{name}.json") for name in dict.fromkeys(re.findall(r"assets/(\w+).json", row)))
+        yield f"{row.rpartition('|')[0].rpartition('|')[0].rpartition('|')[0]}| {minutes:.0f} |"
     least = lambda run: Regression(6).references(run["seed"], run["difficulty"], 13, 64)["least_squares_loss_by_position"][-1]
     gaps = []
     for arm, lr in (("baseline", 1e-3), ("weights:0.1", 2e-3), ("norm:0.01", 2e-3)):
@@ -1406,11 +1432,20 @@ def facts():
     left, stayed = ([probes.score_change(run) for run in runs if run["censored"] == never] for never in (False, True))
     assert min(left) > 0 > max(stayed)
     yield f"all {len(left)} runs that leave end with a weights score above its start, all {len(stayed)} that stay below"
+    early = [
+        (run["weights_score"][run["probe_steps"].index(1600)][run["headline_block"]] - run["initial_weights_score"], run) for run in runs
+    ]
+    fell = [run for value, run in early if value < -0.0115]
+    assert all(run["censored"] for run in fell) and all(abs(value) < 0.0115 for value, run in early if run not in fell)
+    near = [not run["censored"] for _, run in early if run not in fell]
+    yield f"the {len(fell)} runs that have fallen by more than 0.011 all stay"
+    yield f"all stay, and of the {len(near)} within 0.011 of their start {sum(near)} leave"
     runs = of("mixture_long")
     mixed, plain = ([run for run in runs if (run["arm"] == "baseline") == is_plain] for is_plain in (False, True))
     assert min(map(probes.score_change, mixed)) > 0
-    left = [sum(not run["censored"] for run in runs) for runs in (mixed, plain)]
-    yield f"all {left[0]} mixed runs leave, at both rates, and {left[1]} of {len(plain)} baselines"
+    at_rate = lambda runs, lr: sum(not run["censored"] for run in runs if run["lr"] == lr)
+    yield f"1e-3 {at_rate(mixed, 1e-3)} of 5 mixed runs leave and {at_rate(plain, 1e-3)} of 5 baselines"
+    yield f"baselines, at 5e-4 {at_rate(mixed, 5e-4)} and {at_rate(plain, 5e-4)} of 5"
     fell = sum(probes.score_change(run) < 0 for run in plain)
     yield f"the weights score of all mixed runs ends above its start, that of {fell} baselines below"
     for name in ("mixture_fractions", "mixture_sizes"):
