@@ -47,38 +47,14 @@ SCALES = {  # defaults only: any flag overrides them
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [flags], explained by -h", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=probes.defaults(SCALES), allow_abbrev=False
-    )  # fmt: skip
-    run = parser.add_argument_group("run")
-    run.add_argument("--seeds", type=int, default=3, help="runs per arm, seeds 0 .. n-1 (default 3)")
-    run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
-    run.add_argument("--out", default="out/" + Path(__file__).stem.removeprefix("exp_"),
-                     help="folder of metrics.json, figure.png, checkpoint.pt (default out/ and the script's name)")  # fmt: skip
-    run.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
-    run.add_argument("--overwrite", action="store_true", help="replace what an earlier training left in --out")
-    run.add_argument("--replot", action="store_true", help="redraw figure.png from metrics.json, train nothing")
-    run.add_argument(
-        "--max-minutes", type=float, default=math.inf, help="stop cleanly at the first evaluation after this; --resume continues"
-    )
-    run.add_argument("--scale", choices=("laptop", "paper"), default="laptop", help="which set of defaults (any flag overrides)")
-    run.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of training; measures are always fp32")
-    run.add_argument("--no-compile", action="store_true", help="train without torch.compile")
-    run.add_argument("--runs-per-program", type=int, default=0, help="split what does not fit in memory; 0 = all runs in one program")
-    exp = parser.add_argument_group("experiment")
+    parser, exp = probes.script_parser(__file__, __doc__, SCALES)
     exp.add_argument("--task", choices=("shapes", "linear"), default="shapes", help="images with factors, or linear regression")
     exp.add_argument("--difficulty", type=parse_difficulty, nargs="+",
                      help="shapes: mappings in play, inf = always fresh; linear: dimension d; one or several")  # fmt: skip
     exp.add_argument("--loss", type=parse_arm, nargs="+",
                      help=f"arms: {', '.join(LOSSES)}; weights:0.3 sets a weight, weights+norm adds losses up")  # fmt: skip
-    exp.add_argument(
-        "--weight",
-        type=float,
-        nargs="+",
-        default=[0.1],
-        help="of the losses without one of their own: weights, context, shuffled (default 0.1)",
-    )
+    exp.add_argument("--weight", type=float, nargs="+", default=[0.1],
+                     help="of the losses without one of their own: weights, context, shuffled (default 0.1)")  # fmt: skip
     exp.add_argument("--lr", type=float, nargs="+", help="Adam's learning rate, one or several")
     exp.add_argument("--noise", type=float, help="linear: standard deviation of the noise on y (default 0)")
     exp.add_argument("--embedding", help="pixels, code, vae, or a file.npz in the paper's layout (default code)")
@@ -96,10 +72,7 @@ def arguments() -> argparse.Namespace:
     exp.add_argument("--evaluations", type=int, help="points of a curve")
     exp.add_argument("--probes", type=int, help="times the states are probed, after the start")
     args = parser.parse_args()
-    for name, value in SCALES[args.task, args.scale].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    probes.check(args)
+    probes.check(args, SCALES[args.task, args.scale])
     args.pairs = args.pairs or 2 * int(max(args.difficulty)) + 1
     if not all(0 <= weight < math.inf for weight in args.weight):
         raise UsageError(f"--weight {args.weight}: must be numbers from 0 up")
@@ -182,25 +155,21 @@ def train(args: argparse.Namespace, runs: list[dict], checkpoint: str) -> dict:
 
 
 def plot(metrics: dict, path: Path) -> None:
-    figure, f, colours, best = probes.draw_arms(metrics, "Extra losses")
+    figure, f, colours = probes.draw_arms(metrics, "Extra losses")
     linear = metrics["args"].get("task") == "linear"
+    same = lambda run: (run["seed"], run["lr"], run["difficulty"])
+    baseline = {same(run): run for run in metrics["runs"] if run["arm"] == "baseline"}
     for run in metrics["runs"]:
-        base = next(
-            (r for r in metrics["runs"] if r["arm"] == "baseline" and all(r[k] == run[k] for k in ("seed", "lr", "difficulty"))), None
-        )
-        if base and run["arm"] in colours and run["arm"] != "baseline" and probes.score_change(base) is not None:
-            f.plot(
-                probes.score_change(base), probes.budgeted_length(base) - probes.budgeted_length(run), "o", ms=4, color=colours[run["arm"]]
-            )
+        base = baseline.get(same(run))
+        if base and run is not base and run["arm"] in colours and probes.score_change(base) is not None:
+            saved = probes.budgeted_length(base) - probes.budgeted_length(run)
+            f.plot(probes.score_change(base), saved, "o", ms=4, color=colours[run["arm"]])
     f.axhline(0, color="black", lw=1)
     f.axvline(0, color="black", ls="--", lw=1)
     if linear:
         f.set_xscale("symlog", linthresh=1e-4)
-    f.set(
-        title="(f) Steps saved" + "; left of 0: dysfunction" * (not linear),
-        xlabel="baseline's weights score, end minus start" + " (an error)" * linear,
-        ylabel="steps saved (same seed and rate)",
-    )
+    f.set(title="(f) Steps saved" + "; left of 0: dysfunction" * (not linear), ylabel="steps saved (same seed and rate)",
+          xlabel="baseline's weights score, end minus start" + " (an error)" * linear)  # fmt: skip
     probes.save_figure(path, figure)
 
 

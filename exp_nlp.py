@@ -40,31 +40,14 @@ SCALES = {  # defaults only: any flag overrides them
     "paper": dict(arm=list(ARMS), difficulty=[20000], lr=[1e-4], weight=0.1, switch=3905, text="grammar", texts=20_000, words=32,
                   vocabulary=8000, steps=46860, batch=128, pairs=20, n_layer=12, n_head=4, d_model=128, evaluations=240, probes=30),
 }  # fmt: skip
-WORDSELECT = dict(arm=["baseline", "weights", "context", "norm"], difficulty=[1.0])  # there is no mapping to ease
-WORDSELECT_LAPTOP = dict(d_model=32, evaluations=100, probes=5)
+FOUR = ["baseline", "weights", "context", "norm"]  # word selection has no mapping to ease
+WORDSELECT = {"laptop": dict(arm=FOUR, difficulty=[1.0], d_model=32, evaluations=100, probes=5), "paper": dict(arm=FOUR, difficulty=[1.0])}
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [flags], explained by -h", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=probes.defaults(SCALES | {"laptop --text wordselect": WORDSELECT | WORDSELECT_LAPTOP}), allow_abbrev=False
-    )  # fmt: skip
-    run = parser.add_argument_group("run")
-    run.add_argument("--seeds", type=int, default=3, help="runs per arm, seeds 0 .. n-1 (default 3)")
-    run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
-    run.add_argument("--out", default="out/" + Path(__file__).stem.removeprefix("exp_"),
-                     help="folder of metrics.json, figure.png, checkpoint.pt (default out/ and the script's name)")  # fmt: skip
-    run.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
-    run.add_argument("--overwrite", action="store_true", help="replace what an earlier training left in --out")
-    run.add_argument("--replot", action="store_true", help="redraw figure.png from metrics.json, train nothing")
-    run.add_argument(
-        "--max-minutes", type=float, default=math.inf, help="stop cleanly at the first evaluation after this; --resume continues"
+    parser, exp = probes.script_parser(
+        __file__, __doc__, SCALES | {f"{scale} --text wordselect": values for scale, values in WORDSELECT.items()}
     )
-    run.add_argument("--scale", choices=SCALES, default="laptop", help="which set of defaults (any flag overrides)")
-    run.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of training; measures are always fp32")
-    run.add_argument("--no-compile", action="store_true", help="train without torch.compile")
-    run.add_argument("--runs-per-program", type=int, default=0, help="split what does not fit in memory; 0 = all runs in one program")
-    exp = parser.add_argument_group("experiment")
     exp.add_argument("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, one or several; inf = always fresh")
     exp.add_argument("--arm", choices=ARMS, nargs="+", help="strategies to compare (laptop: baseline weights context; paper: all)")
     exp.add_argument("--switch", type=int, help="warmup: steps on one mapping")
@@ -96,11 +79,7 @@ def arguments() -> argparse.Namespace:
         for name in unused:
             if given and getattr(args, name) is not None:
                 raise UsageError(f"--{name}: has no meaning with {source}; leave it out")
-    defaults = SCALES[args.scale] | (WORDSELECT if select else {}) | (WORDSELECT_LAPTOP if select and args.scale == "laptop" else {})
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    probes.check(args)
+    probes.check(args, SCALES[args.scale] | (WORDSELECT[args.scale] if select else {}))
     if args.conllu and args.tsv:
         raise UsageError("--tsv: give either --conllu or --tsv")
     if select and (args.difficulty != [1] or set(args.arm) & {"warmup", "mixture"}):
@@ -350,7 +329,7 @@ class WordSelect(Items):
                 "bayes_accuracy": sum(by_position) / n, "bayes_accuracy_by_position": by_position}  # fmt: skip
 
 
-def wordselect(device, count: int) -> WordSelect:
+def wordselect(device, count: int, pairs: int) -> WordSelect:
     rng = np.random.default_rng(0)
     k, size = len(CATEGORIES), min(map(len, CATEGORIES.values()))
     values = np.unique(rng.integers(size, size=(count, k)), axis=0)
@@ -359,6 +338,8 @@ def wordselect(device, count: int) -> WordSelect:
     table = np.concatenate([rng.permuted(token, axis=1), np.full((len(token), 1), STOP)], 1)
     to, cut = lambda a: torch.as_tensor(a, device=device), round(0.8 * len(values))
     number = np.arange(len(values))
+    if len(values) - cut < 4 * pairs:
+        raise UsageError(f"--texts {count}: leaves {len(values) - cut} held-out texts, too few for --pairs {pairs}; give more")
     if probes.RANK == 0:
         print(f"word selection: {len(values)} texts of {k} words out of {k * size}; categories {', '.join(CATEGORIES)}")
     return WordSelect(tuple(CATEGORIES), (size,) * k, list(range(k)), to(values), to(table), to(number[:cut]), to(number[cut:]),
@@ -374,7 +355,7 @@ def texts(args: argparse.Namespace, device, least: float = 0.04) -> Items:
     """
     flag = "--conllu" if args.conllu else "--tsv" if args.tsv else "--text"
     if args.text == "wordselect" and flag == "--text":
-        return wordselect(device, args.texts)
+        return wordselect(device, args.texts, args.pairs)
     say = print if probes.RANK == 0 else lambda *_: None
     words, attributes, documents = conllu(args.conllu, args.words) if args.conllu else tsv(args.tsv) if args.tsv else grammar(args.texts)
     if set(args.ask or ()) - set(attributes):
@@ -479,12 +460,12 @@ def plot(metrics: dict, path: Path) -> None:
     source = metrics["args"]["conllu"] or metrics["args"]["tsv"] or metrics["args"]["text"]
     select, last = metrics["args"]["text"] == "wordselect", metrics["runs"][-1]
     title = f"Text: {source if isinstance(source, str) else ' '.join(source)}"
-    figure, f, colours, best = probes.draw_arms(metrics, title, target=not select)
+    figure, f, colours = probes.draw_arms(metrics, title, target=not select)
     if select:  # the fall begins far above what no context allows: any word at all
         figure.axes[0].set_ylim(0, 1.05 * last["loss"][0])
     block, names, place = last["headline_block"], list(metrics["attributes"]), np.arange(len(metrics["attributes"]))
     for i, (arm, colour) in enumerate(colours.items()):
-        mine = [run for run in metrics["runs"] if (run["arm"], run["lr"], run["difficulty"]) == (arm, best[arm], last["difficulty"])]
+        mine = [run for run in probes.at_best_rate(metrics) if (run["arm"], run["difficulty"]) == (arm, last["difficulty"])]
         score = np.array([run["weights_score_by_factor"][-1][block] for run in mine], float)  # (seed, attribute)
         f.plot(place + 0.7 * ((i + 0.5) / len(colours) - 0.5), score.T, "o", color=colour, ms=5, mfc="none")
     for at, name in enumerate(names):

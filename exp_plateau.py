@@ -35,26 +35,7 @@ SCALES = {  # defaults only: any flag overrides them
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [flags], explained by -h", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=probes.defaults(SCALES), allow_abbrev=False
-    )  # fmt: skip
-    run = parser.add_argument_group("run")
-    run.add_argument("--seeds", type=int, default=3, help="runs per arm, seeds 0 .. n-1 (default 3)")
-    run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
-    run.add_argument("--out", default="out/" + Path(__file__).stem.removeprefix("exp_"),
-                     help="folder of metrics.json, figure.png, checkpoint.pt (default out/ and the script's name)")  # fmt: skip
-    run.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
-    run.add_argument("--overwrite", action="store_true", help="replace what an earlier training left in --out")
-    run.add_argument("--replot", action="store_true", help="redraw figure.png from metrics.json, train nothing")
-    run.add_argument(
-        "--max-minutes", type=float, default=math.inf, help="stop cleanly at the first evaluation after this; --resume continues"
-    )
-    run.add_argument("--scale", choices=("laptop", "paper"), default="laptop", help="which set of defaults (any flag overrides)")
-    run.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of training; measures are always fp32")
-    run.add_argument("--no-compile", action="store_true", help="train without torch.compile")
-    run.add_argument("--runs-per-program", type=int, default=0, help="split what does not fit in memory; 0 = all runs in one program")
-    exp = parser.add_argument_group("experiment")
+    parser, exp = probes.script_parser(__file__, __doc__, SCALES)
     exp.add_argument("--task", choices=("shapes", "linear"), default="shapes", help="images with factors, or linear regression")
     exp.add_argument("--difficulty", type=parse_difficulty, nargs="+",
                      help="shapes: mappings in play, inf = always fresh; linear: dimension d; one or several")  # fmt: skip
@@ -75,10 +56,7 @@ def arguments() -> argparse.Namespace:
     exp.add_argument("--evaluations", type=int, help="points of a curve")
     exp.add_argument("--probes", type=int, help="times the states are probed, after the start")
     args = parser.parse_args()
-    for name, value in SCALES[args.task, args.scale].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    probes.check(args)
+    probes.check(args, SCALES[args.task, args.scale])
     args.pairs = args.pairs or 2 * int(max(args.difficulty)) + 1
     return args
 
@@ -122,7 +100,7 @@ def example(world, n: int) -> dict:
 
 
 def best_rate(metrics: dict) -> float:
-    """The sweep's own best learning rate: shortest plateau, median over seeds, mean over difficulties (ties: final loss)."""
+    """The sweep's own best learning rate: shortest plateau, median over seeds, summed over difficulties (ties: final loss)."""
     total = lambda lr, key: sum(math.inf if row[key] is None else row[key] for row in metrics["summary"] if row["lr"] == lr)
     rank = lambda lr: (total(lr, "plateau_length_median"), total(lr, "final_loss_median"))
     return min(metrics["args"]["lr"], key=rank)
@@ -203,7 +181,7 @@ def plot(metrics: dict, path: Path) -> None:
     d.fill_between(place, start, d.get_ylim()[linear], color="tab:red", alpha=0.07, lw=0)
     wide = d.twinx()
     wide.plot(place, np.median(end("spread"), 1), color="tab:orange", lw=1.5, ls="-.", label="spread of the states (right)")
-    wide.set(yscale="log", ylabel="spread", ylim=(1, 3 * max(wide.get_ylim())))
+    wide.set(yscale="log", ylabel="spread", ylim=(min(1, wide.get_ylim()[0]), 3 * wide.get_ylim()[1]))
     if linear:
         d.set_yscale("log")
         d.set_ylim(top=100 * d.get_ylim()[1])  # room for the legend
@@ -216,9 +194,9 @@ def plot(metrics: dict, path: Path) -> None:
              loc="upper left" if linear else "lower left")  # fmt: skip
 
     for run in runs:
-        shape = dict(marker="^", facecolor="none") if run["censored"] else dict(marker="o")
-        e.scatter(change(run), probes.budgeted_length(run), edgecolor=colours[run["difficulty"]],
-                  **{"facecolor": colours[run["difficulty"]], **shape})  # fmt: skip
+        colour = colours[run["difficulty"]]
+        marker, face = ("^", "none") if run["censored"] else ("o", colour)
+        e.scatter(change(run), probes.budgeted_length(run), marker=marker, edgecolor=colour, facecolor=face)
     e.axvspan(*((0, max(e.get_xlim()[1], 0.02)) if linear else (min(e.get_xlim()[0], -0.02), 0)), color="tab:red", alpha=0.07, lw=0)
     found = metrics["weights_score_change_against_plateau_length"]
     e.set(title=f"(e) Plateau against weights score: rho = {found['rho']}, n = {found['n']}",
@@ -240,12 +218,8 @@ def plot(metrics: dict, path: Path) -> None:
                 ax.plot(args["lr"], points, ".", color=colour, alpha=0.6)
                 ax.plot(args["lr"], np.median(points, 1), color=colour, lw=2, label=label(m))
             ax.axvline(lr, color="black", ls=":", lw=1)
-            ax.set(
-                title=title,
-                xscale="log",
-                yscale="log" if "spread" in title else "linear",
-                xlabel="learning rate (dotted: the sweep's best)",
-            )
+            ax.set(title=title, xscale="log", yscale="log" if "spread" in title else "linear",
+                   xlabel="learning rate (dotted: the sweep's best)")  # fmt: skip
             ax.minorticks_off()
             ax.set_xticks(args["lr"], [f"{rate:g}" for rate in args["lr"]])
         axes[2, 1].legend(fontsize=8)

@@ -8,7 +8,7 @@
 Before its switch step a run trains on --warmup-difficulty, after it on --difficulty; switch 0 is the baseline. Steps spent in
 the warm-up count: every run has the same budget and is judged on the plain target task from step 0.
 --keep asks what it is that transfers. At the switch the rest of the network goes back to its own initial weights:
-  all     nothing is reset      early  read-in and blocks up to the headline block are kept      late  all the others are kept
+  all     nothing is reset      early  read-in, positions, blocks up to the headline block are kept      late  all the others
 """
 
 import argparse
@@ -33,26 +33,7 @@ SCALES = {  # defaults only: any flag overrides them
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [flags], explained by -h", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=probes.defaults(SCALES), allow_abbrev=False
-    )  # fmt: skip
-    run = parser.add_argument_group("run")
-    run.add_argument("--seeds", type=int, default=3, help="runs per arm, seeds 0 .. n-1 (default 3)")
-    run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
-    run.add_argument("--out", default="out/" + Path(__file__).stem.removeprefix("exp_"),
-                     help="folder of metrics.json, figure.png, checkpoint.pt (default out/ and the script's name)")  # fmt: skip
-    run.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
-    run.add_argument("--overwrite", action="store_true", help="replace what an earlier training left in --out")
-    run.add_argument("--replot", action="store_true", help="redraw figure.png from metrics.json, train nothing")
-    run.add_argument(
-        "--max-minutes", type=float, default=math.inf, help="stop cleanly at the first evaluation after this; --resume continues"
-    )
-    run.add_argument("--scale", choices=SCALES, default="laptop", help="which set of defaults (any flag overrides)")
-    run.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of training; measures are always fp32")
-    run.add_argument("--no-compile", action="store_true", help="train without torch.compile")
-    run.add_argument("--runs-per-program", type=int, default=0, help="split what does not fit in memory; 0 = all runs in one program")
-    exp = parser.add_argument_group("experiment")
+    parser, exp = probes.script_parser(__file__, __doc__, SCALES)
     exp.add_argument("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, one or several; inf = always fresh")
     exp.add_argument("--warmup-difficulty", type=parse_difficulty, default=1.0, help="mappings in play before the switch (default 1)")
     exp.add_argument("--switch", type=int, nargs="+", help="steps at which to switch; 0 = baseline")
@@ -75,10 +56,7 @@ def arguments() -> argparse.Namespace:
     exp.add_argument("--evaluations", type=int, help="points of a curve")
     exp.add_argument("--probes", type=int, help="times the states are probed, after the start")
     args = parser.parse_args()
-    for name, value in SCALES[args.scale].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    probes.check(args)
+    probes.check(args, SCALES[args.scale])
     for step in args.switch:
         if not 0 <= step < args.steps:
             raise UsageError(f"--switch {step}: must lie inside the budget, 0 .. {args.steps - 1} (--steps)")
@@ -145,7 +123,7 @@ def reset(model, optimizer, initial: dict, switching: list[int], keep: list[str]
 
 
 def plot(metrics: dict, path: Path) -> None:
-    figure, f, colours, best = probes.draw_arms(metrics, "Weights warm-up")
+    figure, f, colours = probes.draw_arms(metrics, "Weights warm-up")
     for axes in figure.axes[:2]:
         for switch in metrics["args"]["switch"]:
             axes.axvline(switch, color="grey", ls="--", lw=0.7)

@@ -281,7 +281,7 @@ def autocast(device: torch.device, precision: str):
 
 
 def compile_blocks(model: GPT) -> None:
-    """One compiled block serves all layers. A CPU without a C++ compiler trains uncompiled, slower and the same."""
+    """One compiled block serves all layers. A CPU without a C++ compiler trains uncompiled, slower."""
     torch.compiler.reset()  # what another size compiled before must not matter
     if next(model.parameters()).is_cuda or shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++"):
         for block in model.blocks:

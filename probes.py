@@ -6,13 +6,14 @@ read-out finds all factor values of a held-out image in the hidden state of that
   weights_score_identity   the authors' variant: attention replaced by identity in every block
   weights_score_converged  closed-form ridge on standardised states: is the information there at all?
   spread                   root of the summed variance of the state over images: does it drown in a few directions?
-Dysfunction = weights_score below its own value at initialisation. All measures are taken in fp32, on held-out data.
+Dysfunction = weights_score below its own value at initialisation. All measures are taken in fp32, all scores on held-out data.
 In regression the read-out returns the vector x itself and the score is its normalised squared error: 1 = nothing known, LOWER is
 better, dysfunction = above its own value at initialisation. A text has no identity variant: its words must meet by attention.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import itertools
 import json
@@ -23,6 +24,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from datetime import timedelta
@@ -147,10 +149,10 @@ class Prober:
 
     def __init__(self, world, seed, m, n: int, items: int = 4096, sequences: int = 768):
         self.runs, self.n, self.d_y = len(seed), n, world.inputs["d_y"]
-        number = lambda count, first: 2 * HELD_OUT + first + torch.arange(count, device=seed.device).expand(self.runs, -1)
+        numbers = lambda count, first: 2 * HELD_OUT + first + torch.arange(count, device=seed.device).expand(self.runs, -1)
         self.batch = [
-            world.sample(seed, m, number(sequences, 0), n),
-            world.sample(seed, m, number(sequences // 4, sequences), n, held_out=True),
+            world.sample(seed, m, numbers(sequences, 0), n),
+            world.sample(seed, m, numbers(sequences // 4, sequences), n, held_out=True),
         ]
         self.single = world.inputs.get("n_token", 1) == 1  # an item is one token
         if world.n_label:
@@ -162,7 +164,7 @@ class Prober:
             self.sizes, self.asked_sizes = world.value_sizes, [world.n_asked]
             self.asked = [b.asked[..., None] for b in self.batch]
         else:
-            vectors = lambda count, first: world.sample(seed, m, number(-(-count // n), 2 * sequences + first), n).x
+            vectors = lambda count, first: world.sample(seed, m, numbers(-(-count // n), 2 * sequences + first), n).x
             part = [vectors(items, items), vectors(items // 4, 0)]
             self.x = self.value = [rearrange(x, "r b n d -> r (b n) d") for x in part]
             self.sizes = self.asked_sizes = None
@@ -242,13 +244,15 @@ class Record:
         self.references = [known[key] for key in zip(seed.tolist(), difficulty)]
         if min(level["no_context_loss"] for level in self.references) < 1e-6:
             raise UsageError("--difficulty 1 with one asked factor: nothing is left for the context; ask two factors (--ask) or raise it")
-        number = HELD_OUT + torch.arange(sequences, device=device).expand(len(runs), -1)
-        self.held_out = world.sample(seed, mappings(difficulty, device), number, args.pairs, held_out=True)
+        if world.n_label and world.n_asked == 1 and any(run["arm"].startswith("context") for run in runs):
+            raise UsageError("--ask: with one asked factor the context loss has nothing to read; ask two or leave that arm out")
+        numbers = HELD_OUT + torch.arange(sequences, device=device).expand(len(runs), -1)
+        self.held_out = world.sample(seed, mappings(difficulty, device), numbers, args.pairs, held_out=True)
         self.free = [level["no_context_loss"] for level in self.references]  # (run)
         if not world.n_label:  # predicting zero on the very sequences a run is judged on: w differs between them
             self.free = world.loss(torch.zeros_like(self.held_out.y), self.held_out).mean((1, 2)).tolist()
         else:
-            self.fresh = world.sample(seed, mappings([math.inf] * len(runs), device), number, args.pairs, held_out=True)
+            self.fresh = world.sample(seed, mappings([math.inf] * len(runs), device), numbers, args.pairs, held_out=True)
         self.prober = Prober(world, seed, mappings(difficulty, device), args.pairs)
         self.block = headline_block(model.config.n_layer)
         self.steps, self.loss, self.accuracy, self.probe_steps, self.scores = [], [], [], [], []
@@ -398,8 +402,7 @@ class Record:
             keys = {(run["seed"], run["difficulty"]) for run in self.runs}
             least_squares = {key: self.world.references(*key, self.args.pairs, count)[last][-1] for key in keys}
         out = []
-        for r, (run, level, free) in enumerate(zip(self.runs, self.references, self.free)):
-            losses = loss[r]
+        for r, (run, level, free, losses) in enumerate(zip(self.runs, self.references, self.free, loss)):
             length = plateau_length(self.steps, losses, ESCAPE * free)
             if self.world.n_label:
                 complete = [(a or 0) >= COMPLETE * level["bayes_accuracy"] for a in accuracy[r]]
@@ -675,7 +678,7 @@ def draw_arms(metrics: dict, title: str, target: bool = True):
 
     target: name the difficulty in the heading.
 
-    Returns figure, sixth axes, colour of each arm, best learning rate of each arm.
+    Returns figure, sixth axes, colour of each arm.
     """
     rates, last = metrics["args"]["lr"], metrics["runs"][-1]
     m, size, block = last["difficulty"], last.get("size"), last["headline_block"]
@@ -688,10 +691,10 @@ def draw_arms(metrics: dict, title: str, target: bool = True):
     budget, level, score = last["steps"][-1], metrics["reference"][str(m)], lambda key: lambda run: [row[block] for row in run[key]]
     figure, axes = plt.subplots(2, 3, figsize=(15, 8.4), layout="constrained")
     a, b, c, d, e, f = axes.flat
-    left = ", ".join(f"{arm} {sum(not run['censored'] for run in mine(arm, lr))} of {len(mine(arm, lr))}" for arm, lr in best.items())
+    left = ", ".join(f"{arm} {sum(not run['censored'] for run in runs)} of {len(runs)}" for arm, (_, runs) in zip(best, groups.values()))
     symbol = "d" if metrics["args"].get("task") == "linear" else "m"
-    heading = title + f"; target {symbol} = {m}" * target + f", {size}" * bool(size)
-    figure.suptitle(f"{heading}. Runs that left the plateau: {left}".replace("inf", "\u221e"))
+    heading = title + f"; target {symbol} = {m}".replace("inf", "\u221e") * target + f", {size}" * bool(size)
+    figure.suptitle(f"{heading}. Runs that left the plateau: {left}")
 
     relative = lambda run: level["no_context_loss"] / run["no_context_loss"]  # runs differ a little in what zero knowledge gives
     curves(a, groups, "steps", lambda run: [v and v * relative(run) for v in run["loss"]])
@@ -700,13 +703,8 @@ def draw_arms(metrics: dict, title: str, target: bool = True):
         a.text(budget, value, text, ha="right", va="bottom", fontsize=8)
     a.axhline(ESCAPE * level["no_context_loss"], color="black", ls=":", lw=1)
     a.text(0.01 * budget, ESCAPE * level["no_context_loss"], "below: plateau is over", va="bottom", fontsize=8)
-    a.set(
-        title="(a) Target task, each arm at its best rate",
-        xlabel="step",
-        ylabel="held-out loss",
-        xlim=0,
-        ylim=(0, 1.3 * level["no_context_loss"]),
-    )
+    a.set(title="(a) Target task, each arm at its best rate", xlabel="step", ylabel="held-out loss", xlim=0,
+          ylim=(0, 1.3 * level["no_context_loss"]))  # fmt: skip
     a.legend(fontsize=7, loc="lower left")
     curves(b, groups, "probe_steps", score("weights_score"))
     b.axhline(np.median([run["initial_weights_score"] for run in here]), color="black", ls="--", lw=1)
@@ -717,16 +715,16 @@ def draw_arms(metrics: dict, title: str, target: bool = True):
     c.set(title="(c) Spread of the states", xlabel="step", ylabel="spread", xlim=0, yscale="log")
     c.yaxis.set_major_formatter("{x:g}")
     c.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # 5, not 5 x 10^0
-    for place, (arm, lr) in enumerate(best.items()):
-        draw_lengths(d, mine(arm, lr), place, colours[arm], 0.5, flip=True)
-    d.set_yticks(range(len(best)), list(groups))
+    for place, (colour, runs) in enumerate(groups.values()):
+        draw_lengths(d, runs, place, colour, 0.5, flip=True)
+    d.set_yticks(range(len(groups)), list(groups))
     d.invert_yaxis()
     d.set(title="(d) Plateau length at the best rate (\u25b3 = never)", xlabel="steps", xlim=(0, 1.05 * budget))
     difficulties = list(dict.fromkeys(run["difficulty"] for run in metrics["runs"]))
     if len(difficulties) == len(rates) == 1:  # nothing to compare: what is there at all?
         curves(e, groups, "probe_steps", score("weights_score_converged"))
         e.set(title="(e) The same with a converged probe", xlabel="step", xlim=0, ylabel=b.get_ylabel())
-        return figure, f, colours, best
+        return figure, f, colours
     if len(difficulties) == 1:
         against, places, of = "learning rate", sorted(rates), mine
     else:
@@ -735,7 +733,7 @@ def draw_arms(metrics: dict, title: str, target: bool = True):
         of = lambda arm, difficulty: [run for run in at_best if (run["arm"], run["difficulty"]) == (arm, difficulty)]
     draw_groups(e, places, {arm: (colour, [of(arm, place) for place in places]) for arm, colour in colours.items()})
     e.set(title=f"(e) Plateau length against {against}", xlabel=against)
-    return figure, f, colours, best
+    return figure, f, colours
 
 
 def at_best_rate(metrics: dict) -> list[dict]:
@@ -787,6 +785,8 @@ def write_aside(path: Path, write) -> None:
         write(aside)
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: what torch.save makes of a full disk
+        if "memory" in str(error) or "CUDA" in str(error):
+            raise
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise UsageError(f"--out {path.parent}: {path.name} cannot be written ({reason}); make room or choose another folder") from None
     finally:
@@ -807,11 +807,10 @@ def prepare_out(args) -> None:
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_aside(out / f"writable-{RANK}", lambda aside: aside.touch())
-        (out / f"writable-{RANK}").unlink()
+        tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
-    there = [*out.glob("metrics.json"), *(path for path in earlier_files(out) if path.suffix == ".pt")]
+    there = [*out.glob("metrics.json"), *earlier_files(out)]
     if there and not (args.resume or args.overwrite):
         raise UsageError(f"--out {out}: {there[0].name} of an earlier training is there; choose another folder, go on with it (--resume), "
                          "or replace it (--overwrite)")  # fmt: skip
@@ -819,7 +818,11 @@ def prepare_out(args) -> None:
 
 def earlier_files(out: Path) -> list[Path]:
     """What an earlier training left, of this process; other processes of torchrun may be writing theirs already."""
-    mine = ["checkpoint*.pt", ".checkpoint*.pt"] if PROCESSES == 1 else [f"checkpoint-{RANK}-*.pt", "checkpoint.pt"]
+    mine = (
+        ["checkpoint*.pt", ".checkpoint*.pt"]
+        if PROCESSES == 1
+        else [f"checkpoint-{RANK}-*.pt", f".checkpoint-{RANK}-*.pt", "checkpoint.pt"]
+    )
     return [path for pattern in mine + ([] if RANK else ["metrics.json", "figure.png"]) for path in out.glob(pattern)]
 
 
@@ -851,12 +854,41 @@ def defaults(scales: dict) -> str:
     return "\n".join(lines)
 
 
-def check(args) -> None:
-    """What every script asks of its flags; raises UsageError. Values given twice count once: n seeds are n different runs."""
+def script_parser(file: str, about: str, scales: dict):
+    """A parser with the flags that every script has, and the group for those of its experiment."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags], explained by -h", description=about, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=defaults(scales), allow_abbrev=False
+    )  # fmt: skip
+    run = parser.add_argument_group("run")
+    run.add_argument("--seeds", type=int, default=3, help="runs per arm, seeds 0 .. n-1 (default 3)")
+    run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
+    run.add_argument("--out", default="out/" + Path(file).stem.removeprefix("exp_"),
+                     help="folder of metrics.json, figure.png, checkpoint.pt (default out/ and the script's name)")  # fmt: skip
+    run.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+    run.add_argument("--overwrite", action="store_true", help="replace what an earlier training left in --out")
+    run.add_argument("--replot", action="store_true", help="redraw figure.png from metrics.json, train nothing")
+    run.add_argument("--max-minutes", type=float, default=math.inf,
+                     help="stop cleanly at the first evaluation after this; --resume continues")  # fmt: skip
+    run.add_argument("--scale", choices=("laptop", "paper"), default="laptop", help="which set of defaults (any flag overrides)")
+    run.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of training; measures are always fp32")
+    run.add_argument("--no-compile", action="store_true", help="train without torch.compile")
+    run.add_argument("--runs-per-program", type=int, default=0, help="split what does not fit in memory; 0 = all runs in one program")
+    return parser, parser.add_argument_group("experiment")
+
+
+def check(args, scale: dict) -> None:
+    """Fill in from the scale what was not given; then what every script asks of its flags: raises UsageError.
+
+    Values given twice count once: n seeds are n different runs.
+    """
+    for name, value in scale.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     for key, value in vars(args).items():
         flag, values = f"--{key.replace('_', '-')}", value if isinstance(value, list) else [value]
-        if isinstance(value, list) and key != "factors":  # figures draw the hardest task, the last
-            setattr(args, key, sorted(set(value)) if key == "difficulty" else list(dict.fromkeys(value)))
+        if isinstance(value, list) and key != "factors":
+            setattr(args, key, sorted(set(value)) if key == "difficulty" else list(dict.fromkeys(value)))  # figures draw the last
         whole = [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
         if key in COUNTS and whole and min(whole) < 1:
             raise UsageError(f"{flag} {min(whole)}: must be at least 1")
@@ -884,11 +916,10 @@ def check(args) -> None:
             )
         if not 0 <= args.noise <= 1e6:
             raise UsageError(f"--noise {args.noise}: must be a number from 0 to 1e6")
-        for key in ("embedding", "code_width", "code_gain", "factors", "ask"):
-            if getattr(args, key) is not None:
-                raise UsageError(f"--{key.replace('_', '-')}: has no meaning with --task linear; leave it out")
-    if getattr(args, "task", None) == "shapes" and args.noise is not None:
-        raise UsageError("--noise: has no meaning with --task shapes; leave it out")
+    unused = {"linear": ("embedding", "code_width", "code_gain", "factors", "ask"), "shapes": ("noise",)}
+    for key in unused.get(getattr(args, "task", None), ()):
+        if getattr(args, key) is not None:
+            raise UsageError(f"--{key.replace('_', '-')}: has no meaning with --task {args.task}; leave it out")
     sequences = getattr(args, "sequences", 0)
     if 0 < sequences < args.batch or sequences < 0:
         raise UsageError(f"--sequences {sequences}: must be 0 (always fresh) or at least --batch {args.batch}")

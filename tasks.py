@@ -7,7 +7,7 @@ for every sequence. (A factor of 4 values has only 24 permutations, as the paper
 are much the same.)
 Regression: a sequence holds n pairs x, y = w.x with a hidden vector w; `difficulty` is the dimension d.
 
-Every random choice is a hash of (seed, stream, sequence number, place). So a sequence is a pure function of its number:
+Every random choice in a sequence is a hash of (seed, stream, number, place). So a sequence is a pure function of its number:
 no generator state, the same sequences on CPU and GPU, and a run's data do not depend on which runs share the program.
 """
 
@@ -153,8 +153,8 @@ class Items:
         self.other = torch.randperm(len(self.values), generator=torch.Generator().manual_seed(0)).to(device)
         words = dict(d_x=0, n_word=self.n_word, n_token=self.table.shape[1])
         self.inputs = dict(d_y=self.n_label, **(words if self.n_word else dict(d_x=self.table.shape[1])))  # for model.Config
-        self.cumulated = {part: None if self.weight is None else self.weight[part_items].cumsum(0)
-                          for part, part_items in ((False, self.train), (True, self.test))}  # fmt: skip
+        if self.weight is not None:
+            self.cumulated = [self.weight[part].cumsum(0) for part in (self.train, self.test)]  # by held_out
 
     def permutation(self, seed, mapping, asked) -> torch.Tensor:
         """Label of each value under a mapping: seed (r, ...), mapping, asked (broadcast) -> (..., n_label)."""
@@ -185,10 +185,10 @@ class Items:
         """Numbers of up to `count` items for a probe: all different, or by weight."""
         pool = self.test if held_out else self.train
         if self.weight is None:
-            return pool[torch.randperm(len(pool), generator=generator)[:count].to(pool.device)]
-        return pool[
-            torch.multinomial(self.weight[pool].cpu(), min(count, len(pool)), replacement=True, generator=generator).to(pool.device)
-        ]
+            picked = torch.randperm(len(pool), generator=generator)[:count]
+        else:
+            picked = torch.multinomial(self.weight[pool].cpu(), min(count, len(pool)), replacement=True, generator=generator)
+        return pool[picked.to(pool.device)]
 
     def loss(self, logits, batch: Sequences) -> torch.Tensor:
         """Cross-entropy of the labels in nats: logits (r, b, n, n_label) -> (r, b, n)."""
@@ -210,9 +210,9 @@ class Items:
     def references(self, seed: int, difficulty: float, n: int, sequences: int = 1024) -> dict:
         """Levels for one run: losses in nats, accuracies as fractions; all computed from the world and the run's mappings.
 
-        chance, no_context_loss: the best prediction from x alone. label_set_loss: from knowing which factor is asked, but no mapping.
-        bayes_*: the best prediction from x and the pairs before it, on held-out sequences. All for a learner that sees the factors
-        of x: where x does not show them fully (texts that are cut), they are bounds.
+        chance, no_context_loss: the best prediction from x alone, over all items. label_set_loss: from knowing which factor is
+        asked, but no mapping. bayes_*: the best prediction from x and the pairs before it, on held-out sequences. All for a learner
+        that sees the factors of x: where x does not show them fully (texts that are cut), they are bounds.
         """
         device, sizes = self.values.device, [self.sizes[f] for f in self.asked]
         seeds, asked = torch.tensor([seed], device=device), torch.arange(len(sizes), device=device)
@@ -365,10 +365,10 @@ def render() -> np.ndarray:
     u, v = np.meshgrid(screen, -screen)
     ray = forward + 0.46 * (u[..., None] * right + v[..., None] * np.cross(right, forward))
     turn = np.radians(np.linspace(-30, 30, SIZES[5]))
-    to_room = np.stack(
-        [[np.cos(turn), np.sin(turn), 0 * turn], [-np.sin(turn), np.cos(turn), 0 * turn], [0 * turn, 0 * turn, 1 + 0 * turn]]
-    )
-    to_room = rearrange(to_room, "i j o -> o i j")  # orientation o: world -> room coordinates, where room and object stay put
+    cos, sin, zero = np.cos(turn), np.sin(turn), 0 * turn
+    to_room = rearrange(
+        np.array([[cos, sin, zero], [-sin, cos, zero], [zero, zero, 1 + zero]]), "i j o -> o i j"
+    )  # orientation o: world -> room coordinates, where room and object stay put
     o, d = to_room @ eye, np.einsum("oij,yxj->oyxi", to_room, ray)
     o, light = o[:, None, None], (to_room @ (light / np.linalg.norm(light)))[:, None, None]
     shade = lambda normal: 0.35 + 0.65 * np.clip((normal * light).sum(-1), 0, None)
@@ -514,6 +514,8 @@ def load_embedding(path: str) -> np.ndarray:
             table = file["repre"]
     except KeyError:
         raise UsageError(f"--embedding {path}: no array named 'repre' in it") from None
+    except MemoryError:
+        raise
     except Exception:
         raise UsageError(f"--embedding {path}: not a readable .npz file (or give pixels, code or vae)") from None
     if table.ndim != 2 or len(table) != N_IMAGES:
@@ -528,7 +530,7 @@ def shapes(factors=SIZES, ask=(), embedding="code", code_width=32, code_gain=2.0
 
     factors: values per factor; ask: names of the factors that may be asked (default: all that vary).
 
-    Raises UsageError, naming the flag, for counts, names or files that cannot be served.
+    Raises UsageError, naming the flag, for counts or files that cannot be served.
     """
     factors = tuple(factors)
     if len(factors) != 6 or any(not 1 <= n <= size for n, size in zip(factors, SIZES)):

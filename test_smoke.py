@@ -739,7 +739,7 @@ def test_texts_are_split_by_document_and_values_are_balanced(tmp_path, capsys, m
 
 
 def test_word_selection_labels_the_word_of_the_asked_category():
-    world, seed = exp_nlp.wordselect("cpu", 500), torch.tensor([3])
+    world, seed = exp_nlp.wordselect("cpu", 500, 6), torch.tensor([3])
     batch = world.sample(seed, mappings([1.0], "cpu"), torch.arange(200)[None], 6)
     for b, i in itertools.product(range(200), range(6)):
         label, listed = batch.label[0, b, i].item(), batch.x[0, b, i, :-1].tolist()
@@ -804,16 +804,16 @@ def science(folder: Path) -> dict:
 
 def test_exp_plateau_end_to_end_and_resume_equals_unbroken(tmp_path, monkeypatch):
     flags = f"exp_plateau.py {SMALL} --difficulty 2 inf --lr 1e-3 1e-2"
-    done = run(f"{flags} --out {tmp_path}/a", fresh=True)
-    assert "12 100% |" in done.stdout
+    done = beside(f"{flags} --out {tmp_path}/a")
+    run(f"{flags} --out {tmp_path}/b --max-minutes 0", exact=True)
+    assert not science(tmp_path / "b")["finished"]
+    run(f"{flags} --out {tmp_path}/b --resume", exact=True)
+    assert "12 100% |" in done.result().stdout
     whole = science(tmp_path / "a")
     assert len(whole["runs"]) == 8 and whole["finished"] and {r["difficulty"] for r in whole["runs"]} == {2, "inf"}
     one = whole["runs"][0]
     assert len(one["steps"]) == len(one["loss"]) == 5 and len(one["weights_score"]) == len(one["probe_steps"]) == 3
     assert one["loss"][-1] != one["loss"][0] and len(one["spread"][0]) == 2 and set(whole["reference"]) == {"2", "inf"}
-    run(f"{flags} --out {tmp_path}/b --max-minutes 0", exact=True)
-    assert not science(tmp_path / "b")["finished"]
-    run(f"{flags} --out {tmp_path}/b --resume", exact=True)
     assert science(tmp_path / "b") == whole
     (tmp_path / "a" / "figure.png").unlink()
     run(f"exp_plateau.py --replot --out {tmp_path}/a", figure=True)
@@ -973,6 +973,9 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(tmp_path):
 
 def test_a_result_is_overwritten_on_demand_only_and_the_same_command_gives_the_same_bytes(tmp_path):
     flags = f"exp_plateau.py {SMALL} --difficulty 2 inf --out {tmp_path}"
+    (tmp_path / "figure.png").touch()  # the user's own
+    assert "figure.png" in run(flags, expect=2).stderr
+    (tmp_path / "figure.png").unlink()
     run(flags)
     first = (tmp_path / "metrics.json").read_text()
     assert "--overwrite" in run(flags, expect=2).stderr
@@ -1253,6 +1256,8 @@ TEXT += [
     ("--texts 10", "--text"),
     ("--vocabulary 0", "--vocabulary"),
     ("--arm magic", "--arm"),
+    ("--ask tense --arm baseline context", "--ask"),
+    ("--text wordselect --texts 2", "--texts"),
 ]
 LINEAR = [
     ("--difficulty inf", "--difficulty"),
