@@ -34,7 +34,7 @@ LOSSES = dict(
 EXTRAS = ["none", "weights", "context", "shuffled", "norm"]
 SCALES = {  # defaults only: any flag overrides them
     ("shapes", "laptop"): dict(loss=["none", "weights", "norm"], difficulty=[math.inf], lr=[1e-3], embedding="code",
-                               factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5, sequences=0, steps=1700, batch=48,
+                               factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5, sequences=0, steps=1500, batch=48,
                                pairs=12, n_layer=3, n_head=2, d_model=64, evaluations=100, probes=5),
     ("shapes", "paper"): dict(loss=EXTRAS, difficulty=[20000], lr=[1e-4], embedding="code",
                               factors=SIZES, ask=FACTORS, code_width=768, code_gain=2.5, sequences=100_000, steps=46860, batch=128,

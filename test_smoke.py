@@ -1354,6 +1354,8 @@ def dict_of(path: Path) -> dict:
 def core_minutes(path: Path) -> float:
     """Of the training that a JSON is of."""
     where = dict_of(path).get("environment", {})
+    if "core_minutes" in where:  # begun on one core, ended on two
+        return where["core_minutes"]
     return where["seconds"] / 60 * int(where["device"].split()[-2]) if "seconds" in where else 0
 
 
@@ -1405,6 +1407,9 @@ def facts():
         runs = of(name, arm="baseline")
         start, low = ([at(run, "weights_score_converged", probe) for run in runs] for probe in (0, two))
         yield f"from {show(start)} to {show(low)} {one}"
+    lost = [-change(run, "weights_score_converged") for run in of("aux_loss", arm="shuffled:0.1") if run["lr"] > 5e-4]
+    lost = [fall for fall in lost if fall > 0.05]
+    yield f"the converged score falls by {min(lost):.2f} to {max(lost):.2f} in {len(lost)} of 10 runs"
     runs, asked = of("nlp_arms"), [list(asset("nlp_arms")["attributes"]).index(name) for name in ("tense", "sentiment")]
     read = [[max(block[f] for block in run["weights_score_by_factor"][-1]) for f in asked] for run in runs]
     left = [min(both) for both, run in zip(read, runs) if not run["censored"]]
@@ -1426,6 +1431,11 @@ def facts():
     for row in first.strip().splitlines()[2:]:
         minutes = sum(core_minutes(HERE / "assets" / f"{name}.json") for name in dict.fromkeys(re.findall(r"assets/(\w+).json", row)))
         yield f"{row.rpartition('|')[0].rpartition('|')[0].rpartition('|')[0]}| {minutes:.0f} |"
+    for command, took in asset("default_times").items():
+        if command != "about":
+            (row,) = re.findall(rf"^\| `{re.escape(command)}` \|.*(?=\|.* s \|$)", README, re.M)
+            about = lambda took: f"about {5 * round(took['ms_per_step'] * took['steps'] / 5000)}"
+            yield f"{row}| {took['seconds'] if 'seconds' in took else about(took)} s |"
     least = lambda run: Regression(6).references(run["seed"], run["difficulty"], 13, 64)["least_squares_loss_by_position"][-1]
     gaps = []
     for arm, lr in (("baseline", 1e-3), ("weights:0.1", 2e-3), ("norm:0.01", 2e-3)):
