@@ -54,6 +54,8 @@ from tasks import (
     vae,
 )  # fmt: skip
 
+torch.set_num_threads(1)  # everything is tiny, and commands run beside each other
+os.environ["OMP_NUM_THREADS"] = "1"  # of those in processes of their own
 HERE = Path(__file__).parent
 README = (HERE / "README.md").read_text()
 TINY = dict(d_x=6, d_y=3, n_pair=4, n_layer=2, n_head=2, d_model=8)
@@ -902,7 +904,7 @@ def test_killed_at_any_moment_a_training_resumes_to_the_same_numbers(tmp_path):
     run(f"{flags} --out {tmp_path}/whole")
     (tmp_path / "killed").mkdir()
     words = [sys.executable, "-c", KILLED, f"{tmp_path}/killed", "4", *shlex.split(flags)]
-    done = subprocess.run(words, cwd=HERE, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(words, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     ended, resumed = map(int, done.stdout.split())
     assert ended >= 2 and resumed >= 2
