@@ -463,10 +463,10 @@ def plot(metrics: dict, path: Path) -> None:
     figure, f, colours = probes.draw_arms(metrics, title, target=not select)
     if select:  # the fall begins far above what no context allows: any word at all
         figure.axes[0].set_ylim(0, 1.05 * last["loss"][0])
+    at_best = [run for run in probes.at_best_rate(metrics) if run["difficulty"] == last["difficulty"]]
     block, names, place = last["headline_block"], list(metrics["attributes"]), np.arange(len(metrics["attributes"]))
     for i, (arm, colour) in enumerate(colours.items()):
-        mine = [run for run in probes.at_best_rate(metrics) if (run["arm"], run["difficulty"]) == (arm, last["difficulty"])]
-        score = np.array([run["weights_score_by_factor"][-1][block] for run in mine], float)  # (seed, attribute)
+        score = np.array([run["weights_score_by_factor"][-1][block] for run in at_best if run["arm"] == arm], float)  # (seed, attribute)
         f.plot(place + 0.7 * ((i + 0.5) / len(colours) - 0.5), score.T, "o", color=colour, ms=5, mfc="none")
     for at, name in enumerate(names):
         f.plot([at - 0.4, at + 0.4], [1 / metrics["attributes"][name]] * 2, color="black", ls="--", lw=1, label="chance" * (at == 0))

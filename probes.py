@@ -488,7 +488,7 @@ def command(arguments, runs_of, train, plot, conclude=lambda metrics: {}) -> Non
         words = str(error)
         if CAUGHT:  # Ctrl-C reached the compiler as well
             message, code = "interrupted", 128 + CAUGHT[0]
-        elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in words:
+        elif out_of_memory(error):
             message = "error: out of memory; add --overwrite and --runs-per-program (several programs) or a smaller --batch"
         elif type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             message = f"error: torch.compile failed ({words.splitlines()[0]}); add --overwrite and --no-compile"
@@ -778,6 +778,10 @@ def script_hash() -> str:
         return ""
 
 
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+
+
 def write_aside(path: Path, write) -> None:
     """write(temporary path), then move it into place: a reader never sees half a file. UsageError if that cannot be done."""
     aside = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
@@ -785,7 +789,7 @@ def write_aside(path: Path, write) -> None:
         write(aside)
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: what torch.save makes of a full disk
-        if "memory" in str(error) or "CUDA" in str(error):
+        if isinstance(error, RuntimeError) and (out_of_memory(error) or str(error).startswith("CUDA")):
             raise
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise UsageError(f"--out {path.parent}: {path.name} cannot be written ({reason}); make room or choose another folder") from None
@@ -818,11 +822,8 @@ def prepare_out(args) -> None:
 
 def earlier_files(out: Path) -> list[Path]:
     """What an earlier training left, of this process; other processes of torchrun may be writing theirs already."""
-    mine = (
-        ["checkpoint*.pt", ".checkpoint*.pt"]
-        if PROCESSES == 1
-        else [f"checkpoint-{RANK}-*.pt", f".checkpoint-{RANK}-*.pt", "checkpoint.pt"]
-    )
+    own = ["checkpoint*.pt"] if PROCESSES == 1 else [f"checkpoint-{RANK}-*.pt"]
+    mine = [*own, *(f".{pattern}" for pattern in own), "checkpoint.pt"]  # with a dot: killed while saving
     return [path for pattern in mine + ([] if RANK else ["metrics.json", "figure.png"]) for path in out.glob(pattern)]
 
 
