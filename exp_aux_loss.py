@@ -34,7 +34,7 @@ LOSSES = dict(
 EXTRAS = ["none", "weights", "context", "shuffled", "norm"]
 SCALES = {  # defaults only: any flag overrides them
     ("shapes", "laptop"): dict(loss=["none", "weights", "norm"], difficulty=[math.inf], lr=[1e-3], embedding="code",
-                               factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5, sequences=0, steps=1500, batch=48,
+                               factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5, sequences=0, steps=1400, batch=48,
                                pairs=12, n_layer=3, n_head=2, d_model=64, evaluations=100, probes=5),
     ("shapes", "paper"): dict(loss=EXTRAS, difficulty=[20000], lr=[1e-4], embedding="code",
                               factors=SIZES, ask=FACTORS, code_width=768, code_gain=2.5, sequences=100_000, steps=46860, batch=128,
@@ -55,27 +55,17 @@ def arguments() -> argparse.Namespace:
                      help=f"arms: {', '.join(LOSSES)}; weights:0.3 sets a weight, weights+norm adds losses up")  # fmt: skip
     exp.add_argument("--weight", type=float, nargs="+", default=[0.1],
                      help="of the losses without one of their own: weights, context, shuffled (default 0.1)")  # fmt: skip
-    exp.add_argument("--lr", type=float, nargs="+", help="Adam's learning rate, one or several")
     exp.add_argument("--noise", type=float, help="linear: standard deviation of the noise on y (default 0)")
-    exp.add_argument("--embedding", help="pixels, code, vae, or a file.npz in the paper's layout (default code)")
-    exp.add_argument("--code-width", type=int, help="dimensions of the code embedding")
-    exp.add_argument("--code-gain", type=float, help="entanglement of the code embedding")
-    exp.add_argument("--factors", type=int, nargs=6, help="values per factor, 1 = constant")
-    exp.add_argument("--ask", choices=FACTORS, nargs="+", help="factors that may be asked; the others only vary")
-    exp.add_argument("--steps", type=int, help="training steps, the budget")
-    exp.add_argument("--batch", type=int, help="sequences per step")
     exp.add_argument("--pairs", type=int, help="(x, y) pairs per sequence; linear: 2 x the largest d + 1 by default")
-    exp.add_argument("--sequences", type=int, help="size of the training set of sequences, 0 = always fresh")
     exp.add_argument("--n-layer", type=int, help="blocks")
-    exp.add_argument("--n-head", type=int, help="attention heads")
     exp.add_argument("--d-model", type=int, help="width")
-    exp.add_argument("--evaluations", type=int, help="points of a curve")
-    exp.add_argument("--probes", type=int, help="times the states are probed, after the start")
     args = parser.parse_args()
     probes.check(args, SCALES[args.task, args.scale])
     args.pairs = args.pairs or 2 * int(max(args.difficulty)) + 1
     if not all(0 <= weight < math.inf for weight in args.weight):
         raise UsageError(f"--weight {args.weight}: must be numbers from 0 up")
+    if args.task == "linear" and args.batch == 1 and any("shuffled" in text for text in args.loss):
+        raise UsageError("--batch 1: leaves no other sequence for the shuffled loss; give at least 2")
     return args
 
 

@@ -25,10 +25,10 @@ from model import GPT, Adam, Config, autocast, compile_blocks, pick_device
 from tasks import FACTORS, SIZES, UsageError, mappings, parse_difficulty, sequence_numbers, shapes
 
 SCALES = {  # defaults only: any flag overrides them
-    "laptop": dict(fraction=[0, 0.5], difficulty=[math.inf], lr=[1e-3],
-                   factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5, sequences=0, steps=2700, batch=48, pairs=12,
+    "laptop": dict(fraction=[0, 0.5], difficulty=[math.inf], lr=[1e-3], embedding="code",
+                   factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5, sequences=0, steps=2500, batch=48, pairs=12,
                    n_layer=[3], n_head=2, d_model=[64], evaluations=100, probes=5),
-    "paper": dict(fraction=[0, 0.25, 0.5, 0.75], difficulty=[20000], lr=[1e-4],
+    "paper": dict(fraction=[0, 0.25, 0.5, 0.75], difficulty=[20000], lr=[1e-4], embedding="code",
                   factors=SIZES, ask=FACTORS, code_width=768, code_gain=2.5, sequences=100_000, steps=46860, batch=128, pairs=40,
                   n_layer=[12], n_head=4, d_model=[128], evaluations=240, probes=30),
 }  # fmt: skip
@@ -40,21 +40,9 @@ def arguments() -> argparse.Namespace:
     exp.add_argument("--easy-difficulty", type=parse_difficulty, default=1.0, help="mappings in play in the easy part (default 1)")
     exp.add_argument("--fraction", type=float, nargs="+", help="part of every batch that is easy; 0 = baseline")
     exp.add_argument("--mix", choices=("easy", "unrelated"), nargs="+", default=["easy"], help="what is mixed in (default easy)")
-    exp.add_argument("--lr", type=float, nargs="+", help="Adam's learning rate, one or several")
-    exp.add_argument("--embedding", default="code", help="pixels, code, vae, or a file.npz in the paper's layout (default code)")
-    exp.add_argument("--code-width", type=int, help="dimensions of the code embedding")
-    exp.add_argument("--code-gain", type=float, help="entanglement of the code embedding")
-    exp.add_argument("--factors", type=int, nargs=6, help="values per factor, 1 = constant")
-    exp.add_argument("--ask", choices=FACTORS, nargs="+", help="factors that may be asked; the others only vary")
-    exp.add_argument("--steps", type=int, help="training steps, the budget")
-    exp.add_argument("--batch", type=int, help="sequences per step")
     exp.add_argument("--pairs", type=int, help="(image, label) pairs per sequence")
-    exp.add_argument("--sequences", type=int, help="size of the training set of sequences, 0 = always fresh")
     exp.add_argument("--n-layer", type=int, nargs="+", help="blocks; several = one program each")
-    exp.add_argument("--n-head", type=int, help="attention heads")
     exp.add_argument("--d-model", type=int, nargs="+", help="width; several = one program each")
-    exp.add_argument("--evaluations", type=int, help="points of a curve")
-    exp.add_argument("--probes", type=int, help="times the states are probed, after the start")
     args = parser.parse_args()
     probes.check(args, SCALES[args.scale])
     if args.easy_difficulty >= min(args.difficulty):

@@ -46,7 +46,7 @@ WORDSELECT = {"laptop": dict(arm=FOUR, difficulty=[1.0], d_model=32, evaluations
 
 def arguments() -> argparse.Namespace:
     parser, exp = probes.script_parser(
-        __file__, __doc__, SCALES | {f"{scale} --text wordselect": values for scale, values in WORDSELECT.items()}
+        __file__, __doc__, SCALES | {f"{scale} --text wordselect": values for scale, values in WORDSELECT.items()}, images=False
     )
     exp.add_argument("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, one or several; inf = always fresh")
     exp.add_argument("--arm", choices=ARMS, nargs="+", help="strategies to compare (laptop: baseline weights context; paper: all)")
@@ -54,7 +54,6 @@ def arguments() -> argparse.Namespace:
     exp.add_argument("--fraction", type=float, default=0.5, help="mixture: part of every batch on one mapping (default 0.5)")
     exp.add_argument("--weight", type=float, help="of the weights and context losses")
     exp.add_argument("--norm-weight", type=float, default=0.01, help="of the norm loss (default 0.01)")
-    exp.add_argument("--lr", type=float, nargs="+", help="Adam's learning rate, one or several")
     exp.add_argument("--text", choices=("grammar", "wordselect"), help="made here (default grammar)")
     exp.add_argument("--conllu", nargs="+", help="treebank files instead; attributes from the annotation")
     exp.add_argument("--tsv", help="tab-separated file instead, with a header; column text, every other column an attribute")
@@ -62,14 +61,9 @@ def arguments() -> argparse.Namespace:
     exp.add_argument("--texts", type=int, help="how many the grammar or word selection makes")
     exp.add_argument("--words", type=int, help="texts are cut after this many words")
     exp.add_argument("--vocabulary", type=int, help="commonest words of the training part that are kept")
-    exp.add_argument("--steps", type=int, help="training steps, the budget")
-    exp.add_argument("--batch", type=int, help="sequences per step")
     exp.add_argument("--pairs", type=int, help="(text, label) pairs per sequence")
     exp.add_argument("--n-layer", type=int, help="blocks")
-    exp.add_argument("--n-head", type=int, help="attention heads")
     exp.add_argument("--d-model", type=int, help="width")
-    exp.add_argument("--evaluations", type=int, help="points of a curve")
-    exp.add_argument("--probes", type=int, help="times the states are probed, after the start")
     args = parser.parse_args()
     select = args.text == "wordselect"
     for given, source, unused in (

@@ -39,22 +39,10 @@ def arguments() -> argparse.Namespace:
     exp.add_argument("--task", choices=("shapes", "linear"), default="shapes", help="images with factors, or linear regression")
     exp.add_argument("--difficulty", type=parse_difficulty, nargs="+",
                      help="shapes: mappings in play, inf = always fresh; linear: dimension d; one or several")  # fmt: skip
-    exp.add_argument("--lr", type=float, nargs="+", help="Adam's learning rate, one or several")
     exp.add_argument("--noise", type=float, help="linear: standard deviation of the noise on y (default 0)")
-    exp.add_argument("--embedding", help="pixels, code, vae, or a file.npz in the paper's layout (default code)")
-    exp.add_argument("--code-width", type=int, help="dimensions of the code embedding")
-    exp.add_argument("--code-gain", type=float, help="entanglement of the code embedding")
-    exp.add_argument("--factors", type=int, nargs=6, help="values per factor, 1 = constant")
-    exp.add_argument("--ask", choices=FACTORS, nargs="+", help="factors that may be asked; the others only vary")
-    exp.add_argument("--steps", type=int, help="training steps, the budget")
-    exp.add_argument("--batch", type=int, help="sequences per step")
     exp.add_argument("--pairs", type=int, help="(x, y) pairs per sequence; linear: 2 x the largest d + 1 by default")
-    exp.add_argument("--sequences", type=int, help="size of the training set of sequences, 0 = always fresh")
     exp.add_argument("--n-layer", type=int, help="blocks")
-    exp.add_argument("--n-head", type=int, help="attention heads")
     exp.add_argument("--d-model", type=int, help="width")
-    exp.add_argument("--evaluations", type=int, help="points of a curve")
-    exp.add_argument("--probes", type=int, help="times the states are probed, after the start")
     args = parser.parse_args()
     probes.check(args, SCALES[args.task, args.scale])
     args.pairs = args.pairs or 2 * int(max(args.difficulty)) + 1
@@ -134,6 +122,11 @@ def plot(metrics: dict, path: Path) -> None:
     score = lambda key: lambda run: [row[block] for row in run[key]]
     change = lambda run: math.nan if probes.score_change(run) is None else probes.score_change(run)
     start = [float(np.median([run["initial_weights_score"] for run in runs if run["difficulty"] == m])) for m in difficulties]
+    count = lambda true: ", ".join(f"{name}: {sum(map(true, runs))} of {len(runs)}" for name, (_, runs) in groups.items())
+    heading = f"Runs that left the plateau: {count(lambda run: not run['censored'])}"
+    if not linear:  # there every read-out starts perfect
+        heading += f"\nRuns whose weights component ends below its start: {count(lambda run: change(run) < 0)}"
+    figure.suptitle(heading)
 
     probes.curves(a, groups, "steps", lambda run: [v and v / run["no_context_loss"] for v in run["loss"]])
     for m, colour in colours.items():
@@ -144,6 +137,10 @@ def plot(metrics: dict, path: Path) -> None:
     a.text(budget, 1.005, "best without context", ha="right", va="bottom", fontsize=8)
     a.text(budget, probes.ESCAPE + 0.005, "below: plateau is over", ha="right", va="bottom", fontsize=8)
     a.text(budget, 0.01, "dashed: exact Bayes level", ha="right", va="bottom", fontsize=8)
+    if "pairwise_loss" in level:  # of the hardest: a learner that compares items and never infers which factor is asked
+        alone = level["pairwise_loss"] / level["no_context_loss"]
+        a.axhline(alone, color=colour, ls="-.", lw=1)
+        a.text(budget, alone, f"each pair by itself, {label(m)}", ha="right", va="bottom", fontsize=8)
     a.set(
         title="(a) Training stalls, then jumps", xlabel="step", ylabel="held-out loss / best loss without context", ylim=(0, 1.15), xlim=0
     )
@@ -201,7 +198,7 @@ def plot(metrics: dict, path: Path) -> None:
     found = metrics["weights_score_change_against_plateau_length"]
     e.set(title=f"(e) Plateau against weights score: rho = {found['rho']}, n = {found['n']}",
           xlabel="weights score, end minus start", ylabel="plateau length (steps)", ylim=(0, 1.08 * budget))  # fmt: skip
-    e.text(0.02, 0.97, "\u25b3 = still on the plateau at the end", transform=e.transAxes, va="top", fontsize=8)
+    e.text(0.02, 0.02, "\u25b3 = still on the plateau at the end", transform=e.transAxes, fontsize=8)
 
     draw_positions(f, metrics, groups) if linear else draw_example(f, metrics["example"])
 
@@ -241,7 +238,7 @@ def draw_positions(ax, metrics: dict, groups: dict) -> None:
     """Regression: loss at the end by position, beside learners that are told what the task is."""
     pairs = np.arange(metrics["args"]["pairs"])
     for colour, runs in groups.values():
-        ax.plot(pairs, np.median([run["loss_by_position"] for run in runs], 0), color=colour, lw=2)
+        ax.plot(pairs, np.nanmedian(np.array([run["loss_by_position"] for run in runs], float), 0), color=colour, lw=2)
         ax.plot(pairs, metrics["reference"][str(runs[0]["difficulty"])]["least_squares_loss_by_position"], color=colour, ls="--", lw=1)
     level = metrics["reference"][str(runs[0]["difficulty"])]
     for name, style in {"nearest": ":", "averaging": "-."}.items():

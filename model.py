@@ -144,7 +144,7 @@ class GPT(nn.Module):
             generator = torch.Generator().manual_seed(seed)
             for name, p in self.named_parameters():
                 if name.startswith(("read_in", "read_out")):  # nn.Linear's default, as in the authors' code
-                    fan_in = (self.read_in if name.startswith("read_in") else self.read_out).weight.shape[1]
+                    fan_in = getattr(self, name.split(".")[0]).weight.shape[1]
                     p[run].uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
                 elif name.endswith("_out.weight"):  # the two projections that write to the residual stream
                     p[run].normal_(0, 0.02 / math.sqrt(2 * self.config.n_layer), generator=generator)

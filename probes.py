@@ -39,7 +39,7 @@ from einops import rearrange
 from matplotlib.ticker import LogFormatter
 from torch.nn import functional as F
 
-from tasks import HELD_OUT, UsageError, mappings
+from tasks import FACTORS, HELD_OUT, UsageError, mappings
 
 matplotlib.use("Agg")  # figures go to files
 
@@ -49,6 +49,7 @@ BEGAN = time.perf_counter()  # of the command, for --max-minutes
 CAUGHT: list[int] = []  # Ctrl-C or SIGTERM: the step is finished and saved first
 SAVE_SECONDS = 60  # between two checkpoints
 PROBE_STEPS, PROBE_BATCH, PROBE_RATE = 782, 128, 1e-3  # steps and rate of the paper; a small world is passed over many times
+MOST_TOKENS = 2**20  # in one pass of a probe, which keeps the states of every block
 ESCAPE = 0.8  # of the best loss without context: Kim et al. (arXiv 2410.05448); a learner of the label set alone stays above
 COMPLETE = 0.95  # of the Bayes accuracy; in regression: loss within 0.1 of the Bayes loss
 
@@ -138,7 +139,8 @@ def converged_probe(train, target, test, test_target, sizes: list[int] | None, r
 @torch.no_grad()
 def states(model, x: torch.Tensor, y: torch.Tensor | None = None, mixing: str = "attention", last: bool = False) -> torch.Tensor:
     """States at the x positions, or only the last, after every block: x (r, b, n, d) -> (r, k, b, n or 1, d_model), finite."""
-    size = max(1, 65_000 // (len(x) * model.config.n_head))  # a GPU's attention kernels take no larger batch
+    tokens = len(x) * x.shape[2] * (model.config.n_token + (y is not None))  # of one sequence, all runs
+    size = max(1, min(MOST_TOKENS // tokens, 65_000 // (len(x) * model.config.n_head)))  # a GPU's attention kernels take no more
     parts = zip(x.split(size, 1), y.split(size, 1) if y is not None else itertools.repeat(None))
     at_x = lambda hidden: torch.stack([model.at_x(h, with_labels=y is not None)[:, :, -1 if last else 0 :] for h in hidden], 1)
     return torch.cat([at_x(model(*part, mixing=mixing, hidden=True)[1]) for part in parts], 2).nan_to_num()
@@ -698,7 +700,8 @@ def draw_arms(metrics: dict, title: str, target: bool = True):
 
     relative = lambda run: level["no_context_loss"] / run["no_context_loss"]  # runs differ a little in what zero knowledge gives
     curves(a, groups, "steps", lambda run: [v and v * relative(run) for v in run["loss"]])
-    for value, text in ((level["no_context_loss"], "best without context"), (level["bayes_loss"], "exact Bayes")):
+    marks = {"no_context_loss": "best without context", "pairwise_loss": "each pair by itself", "bayes_loss": "exact Bayes"}
+    for value, text in [(level[key], text) for key, text in marks.items() if key in level]:
         a.axhline(value, color="black", ls="--", lw=1)
         a.text(budget, value, text, ha="right", va="bottom", fontsize=8)
     a.axhline(ESCAPE * level["no_context_loss"], color="black", ls=":", lw=1)
@@ -855,12 +858,28 @@ def defaults(scales: dict) -> str:
     return "\n".join(lines)
 
 
-def script_parser(file: str, about: str, scales: dict):
-    """A parser with the flags that every script has, and the group for those of its experiment."""
+def script_parser(file: str, about: str, scales: dict, images: bool = True):
+    """A parser with the flags that scripts share, those of the image world among them, and the group for those of one experiment."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [flags], explained by -h", description=about, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=defaults(scales), allow_abbrev=False
     )  # fmt: skip
+    experiment = parser.add_argument_group("experiment")
+    if images:
+        world = parser.add_argument_group("world")
+        world.add_argument("--embedding", help="pixels, code, vae, or a file.npz in the paper's layout (default code)")
+        world.add_argument("--code-width", type=int, help="dimensions of the code embedding")
+        world.add_argument("--code-gain", type=float, help="entanglement of the code embedding")
+        world.add_argument("--factors", type=int, nargs=6, help="values per factor, 1 = constant")
+        world.add_argument("--ask", choices=FACTORS, nargs="+", help="factors that may be asked; the others only vary")
+        world.add_argument("--sequences", type=int, help="size of the training set of sequences, 0 = always fresh")
+    training = parser.add_argument_group("training")
+    training.add_argument("--lr", type=float, nargs="+", help="Adam's learning rate, one or several")
+    training.add_argument("--steps", type=int, help="training steps, the budget")
+    training.add_argument("--batch", type=int, help="sequences per step")
+    training.add_argument("--n-head", type=int, help="attention heads")
+    training.add_argument("--evaluations", type=int, help="points of a curve")
+    training.add_argument("--probes", type=int, help="times the states are probed, after the start")
     run = parser.add_argument_group("run")
     run.add_argument("--seeds", type=int, default=3, help="runs per arm, seeds 0 .. n-1 (default 3)")
     run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
@@ -875,7 +894,7 @@ def script_parser(file: str, about: str, scales: dict):
     run.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of training; measures are always fp32")
     run.add_argument("--no-compile", action="store_true", help="train without torch.compile")
     run.add_argument("--runs-per-program", type=int, default=0, help="split what does not fit in memory; 0 = all runs in one program")
-    return parser, parser.add_argument_group("experiment")
+    return parser, experiment
 
 
 def check(args, scale: dict) -> None:

@@ -211,8 +211,9 @@ class Items:
         """Levels for one run: losses in nats, accuracies as fractions; all computed from the world and the run's mappings.
 
         chance, no_context_loss: the best prediction from x alone, over all items. label_set_loss: from knowing which factor is
-        asked, but no mapping. bayes_*: the best prediction from x and the pairs before it, on held-out sequences. All for a learner
-        that sees the factors of x: where x does not show them fully (texts that are cut), they are bounds.
+        asked, but no mapping. bayes_*: the best prediction from x and the pairs before it, on held-out sequences. pairwise_*: from
+        each of these pairs by itself, without ever inferring which factor is asked, see `pairwise`. All for a learner that sees the
+        factors of x: where x does not show them fully (texts that are cut), they are bounds.
         """
         device, sizes = self.values.device, [self.sizes[f] for f in self.asked]
         seeds, asked = torch.tensor([seed], device=device), torch.arange(len(sizes), device=device)
@@ -231,6 +232,7 @@ class Items:
         chunk = max(1, int(2e7 / (1 if tables is None else tables.numel())))
         parts = zip(batch.values[0][..., self.asked].split(chunk), batch.label[0].split(chunk))
         p = torch.cat([bayes(v, y, sizes, tables) for v, y in parts])
+        one_by_one = pairwise(batch.values[0][..., self.asked], batch.label[0], sizes)
         return {
             "chance": prior.max(-1).values.mean().item(),
             "no_context_loss": torch.special.entr(prior).sum(-1).mean().item(),
@@ -238,6 +240,8 @@ class Items:
             "bayes_loss": -p.gather(-1, batch.label[0][..., None]).log().mean().item(),
             "bayes_accuracy": p.max(-1).values.mean().item(),
             "bayes_accuracy_by_position": p.max(-1).values.mean(0).tolist(),
+            "pairwise_loss": -one_by_one.gather(-1, batch.label[0][..., None]).log().mean().item(),
+            "pairwise_accuracy": (one_by_one.argmax(-1) == batch.label[0]).double().mean().item(),
         }
 
 
@@ -282,7 +286,7 @@ class Regression:
 
     def value_loss(self, guess, values) -> torch.Tensor:
         """Squared error of x, mean over its d dimensions: guess, values (r, b, n, width) -> (r, b, n). Padding is not asked."""
-        present = (values != 0).any(1, keepdim=True).any(2, keepdim=True)
+        present = (values != 0).any((1, 2), keepdim=True)
         return ((guess.float() - values).square() * present).sum(-1) / present.sum(-1)
 
     def asked_loss(self, guess, batch: Sequences) -> torch.Tensor:
@@ -606,3 +610,25 @@ def bayes(values, label, sizes: list[int], tables=None) -> torch.Tensor:
         out[:, j].scatter_add_(-1, guess.flatten(1), alive.flatten(1).double())
         alive &= guess == label[:, j, None, None]
     return out / out.sum(-1, keepdim=True)
+
+
+def pairwise(values, label, sizes: list[int]) -> torch.Tensor:
+    """Prediction of every label by what each earlier pair says by itself: (b, n, n_label) probabilities, arguments as for `bayes`.
+
+    A pair whose item agrees in the asked factor has the same label, otherwise another one, all equally likely; which factor is asked
+    is never inferred: it stays uniform over those that have the pair's label. The pairs' messages are multiplied (naive Bayes).
+    """
+    size = torch.tensor(sizes, dtype=torch.float64, device=values.device)
+    every = torch.arange(max(sizes), device=values.device)
+    exists = (every < size[:, None]).double()  # (f, c)
+    prior = (exists / size[:, None]).mean(0)  # (c,)
+    factor = exists.T[label] / size  # (b, n, f): which factor has the pair's label
+    factor = factor / factor.sum(-1, keepdim=True)
+    log_p = prior.log().expand(*label.shape, -1)
+    for j in range(label.shape[1] - 1):
+        agrees = values[:, j + 1 :] == values[:, j, None]  # (b, later n, f)
+        same = (agrees * factor[:, j, None]).sum(-1, keepdim=True)
+        other = torch.einsum("bnf,fc->bnc", ~agrees * factor[:, j, None] / (size - 1), exists)
+        message = torch.where(every == label[:, j, None, None], same, other)
+        log_p = torch.cat([log_p[:, : j + 1], log_p[:, j + 1 :] + (message / prior).log()], 1)
+    return log_p.softmax(-1)
