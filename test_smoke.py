@@ -1430,10 +1430,39 @@ def facts():
     show = lambda values, digits=2: " ".join(f"{value:.{digits}f}" for value in values)
     of = lambda name, **what: [run for run in asset(name)["runs"] if all(run[key] == value for key, value in what.items())]
 
-    for m in (1, "inf"):
-        runs = of("plateau", difficulty=m)
-        yield f"{' '.join(f'{probes.score_change(run):+.3f}' for run in runs)} at m = {m}"
-        yield f"{show(run['context_score'][-1][-1] for run in runs)} at " + ("m = 1" if m == 1 else "inf")
+    changes = lambda runs: " ".join(f"{probes.score_change(run):+.3f}" for run in runs)
+    for m in (1, 8, "inf"):
+        runs = of("rates", difficulty=m, lr=2e-3)
+        yield f"{changes(runs)} at m = {m}"
+        if m != 8:
+            yield f"{show(run['context_score'][-1][-1] for run in runs)} at " + ("m = 1" if m == 1 else "inf")
+    totals, best = {}, {}
+    for lr in (5e-4, 1e-3, 2e-3):
+        runs = of("rates", lr=lr)
+        rho = probes.rank_correlation(*zip(*((probes.score_change(run), probes.budgeted_length(run)) for run in runs)))
+        yield f"{rho:.2f} at {lr:g}"
+        medians = {
+            row["difficulty"]: (row["plateau_length_median"], row["best_lr"]) for row in asset("rates")["summary"] if row["lr"] == lr
+        }
+        totals[lr] = sum(median for median, _ in medians.values())
+        best |= {m: lr for m, (_, is_best) in medians.items() if is_best}
+    yield ", ".join(f"{total:,.0f} at {lr:g}" for lr, total in totals.items()) + " steps"
+    yield ", ".join(f"{best[m]:g} (m = {m})" for m in (1, 8, 64, "inf"))
+    falls = {lr: [-probes.score_change(run) for run in of("rates", difficulty="inf", lr=lr)] for lr in totals}
+    yield f"At 2e-3 it falls at m = inf in all five runs, by {min(falls[2e-3]):.3f} to {max(falls[2e-3]):.3f}, and none leaves"
+    ended = lambda name, m: " ".join(
+        "-" if run["censored"] else f"{run['plateau_length']:,}" for run in of(name, difficulty=m, lr=5e-4) if run["seed"] < 3
+    )
+    sweeps = [ended(name, m) for name in ("rates_bf16", "rates") for m in (1, "inf")]
+    yield "at 5e-4 plateaus end at {} for m = 1 and {} for m = inf, in fp32 at {} and {}".format(*sweeps)
+    stay = [fall for fall, run in zip(falls[1e-3], of("rates", difficulty="inf", lr=1e-3)) if run["censored"]]
+    assert (
+        len(stay) == 4
+        and sum(fall < 0 for fall in falls[1e-3]) == 1
+        and max(-probes.score_change(run) for run in of("rates", lr=5e-4)) < 0.0075
+    )
+    yield f"At 1e-3 and m = inf four of five fall, by {min(stay):.3f} to {max(stay):.3f}, and stay"
+    yield f"({changes(of('rates', difficulty='inf', lr=5e-4))} at m = inf)"
     runs = of("plateau", difficulty="inf")
     falls = lambda key: sorted(-change(run, key) for run in runs)
     for key, words in (("weights_score", "the paper's probe"), ("weights_score_converged", "the converged one")):
@@ -1475,14 +1504,16 @@ def facts():
     ends = [[run["loss"][-1] for run in left], [run["accuracy"][-1] for run in left], [run["context_score"][-1][-1] for run in left]]
     spans = [f"{min(values):.2f} to {max(values):.2f}" for values in ends]
     assert all(run["completion_step"] is None for run in left)
-    yield "All {} different runs of this page that leave at m = inf with 3 blocks or fewer end above it, at {}".format(len(left), spans[0])
+    yield f"All {len(left)} different runs of this page that leave at m = inf with 3 blocks or fewer end above it, at {spans[0]}"
+    yield f"all {len(left)} runs that leave end above the loss of a learner"
     yield "with an accuracy of {} (Bayes 0.80), and their context score ends at {} (last".format(*spans[1:])
     level = asset("plateau")["reference"]["inf"]
     assert level["pairwise_loss"] < min(ends[0])
     yield f"reaches a loss of {level['pairwise_loss']:.2f} (*each"
     yield f"({show(run['context_score'][-1][-1] for run in of('larger', arm='weights:0.1'))}, 6 blocks)"
-    pairs = {arm: [(run, base) for run in of("aux_loss", arm=arm) for base in of("aux_loss", arm="baseline", lr=run["lr"], seed=run["seed"])]
-             for arm in ("weights:0.1", "context:0.1", "shuffled:0.1")}  # fmt: skip
+    plain = {(run["lr"], run["seed"]): run for run in of("aux_loss", arm="baseline")}
+    arms = ("weights:0.1", "context:0.1", "shuffled:0.1")
+    pairs = {arm: [(run, plain[run["lr"], run["seed"]]) for run in of("aux_loss", arm=arm)] for arm in arms}
     saved = {arm: [probes.budgeted_length(base) - probes.budgeted_length(run) for run, base in pairs[arm]] for arm in pairs}
     neither = {arm: sum(run["censored"] and base["censored"] for run, base in pairs[arm]) for arm in pairs}
     scores = [run["context_score"][-1][-1] for run, _ in pairs["context:0.1"]]
