@@ -125,7 +125,7 @@ def plot(metrics: dict, path: Path) -> None:
               for keep, colour in zip(metrics["args"]["keep"], plt.cm.tab10.colors)}  # fmt: skip
     probes.draw_groups(f, switches, groups)
     f.plot(range(len(switches)), switches, "k:", lw=1, label="the warm-up itself")
-    f.legend(fontsize=8)
+    f.legend(fontsize=8, loc=(0.02, 0.22))
     f.set(title="(f) Against the switch point", xlabel="switch at step")
     probes.save_figure(path, figure)
 

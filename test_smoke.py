@@ -1511,6 +1511,13 @@ def facts():
     assert level["pairwise_loss"] < min(ends[0])
     yield f"reaches a loss of {level['pairwise_loss']:.2f} (*each"
     yield f"({show(run['context_score'][-1][-1] for run in of('larger', arm='weights:0.1'))}, 6 blocks)"
+    after = of("aux_after")
+    yield f"the loss is {show(run['loss'][run['steps'].index(3000)] for run in after)} at step 3,000"
+    yield f"and {show(run['loss'][-1] for run in after)} at the end, with an accuracy of {show(run['accuracy'][-1] for run in after)}"
+    yield f"(each pair by itself {level['pairwise_accuracy']:.2f}) and"
+    yield f"and a context score of {show(run['context_score'][-1][-1] for run in after)}"
+    rises = sorted(map(probes.score_change, after))
+    yield f"with a weights score {rises[0]:.3f} to {rises[-1]:.3f} above its start"
     plain = {(run["lr"], run["seed"]): run for run in of("aux_loss", arm="baseline")}
     arms = ("weights:0.1", "context:0.1", "shuffled:0.1")
     pairs = {arm: [(run, plain[run["lr"], run["seed"]]) for run in of("aux_loss", arm=arm)] for arm in arms}
@@ -1567,16 +1574,25 @@ def facts():
     yield f"{gaps[2]:.2f} with the penalty"
     runs = of("warmup_long")
     left, stayed = ([probes.score_change(run) for run in runs if run["censored"] == never] for never in (False, True))
-    assert min(left) > 0 > max(stayed)
-    yield f"all {len(left)} runs that leave end with a weights score above its start, all {len(stayed)} that stay below"
-    early = [
-        (run["weights_score"][run["probe_steps"].index(1600)][run["headline_block"]] - run["initial_weights_score"], run) for run in runs
-    ]
-    fell = [run for value, run in early if value < -0.0115]
-    assert all(run["censored"] for run in fell) and all(abs(value) < 0.0115 for value, run in early if run not in fell)
-    near = [not run["censored"] for _, run in early if run not in fell]
-    yield f"the {len(fell)} runs that have fallen by more than 0.011 all stay"
-    yield f"all stay, and of the {len(near)} within 0.011 of their start {sum(near)} leave"
+    above, below = sum(value > 0 for value in left), sum(value < 0 for value in stayed)
+    yield f"{above} of the {len(left)} runs that leave end with a weights score above its start"
+    yield f"above its start, {below} of the {len(stayed)} that stay below"
+    risen = lambda run, step: at(run, "weights_score", run["probe_steps"].index(step)) - at(run, "weights_score", 0)
+    fell = [run["censored"] for run in runs if risen(run, 1500) < -0.01]
+    assert all(fell) and all(run["censored"] or run["plateau_length"] > 1500 for run in runs)
+    yield f"the {len(fell)} runs that have fallen by more than 0.01 all stay, and of the other {len(runs) - len(fell)} {len(left)} leave"
+    warm = [run for run in runs if run["switch"]]
+    assert all(risen(run, run["switch"]) > 0 for run in warm)
+    yield f"above its start in all {len(warm)} runs when the warm-up ends"
+    ends = {switch: [probes.score_change(run) < 0 for run in warm if run["switch"] == switch] for switch in (250, 500, 1000)}
+    yield ", ".join(f"{sum(worse)} of {len(worse)} after {switch:,} steps" for switch, worse in ends.items())
+    of_1000 = {lr: [run for run in warm if (run["switch"], run["lr"]) == (1000, lr)] for lr in (5e-4, 1e-3)}
+    plain = {lr: of("warmup_long", arm="baseline", lr=lr) for lr in of_1000}
+    leave = lambda runs: sum(not run["censored"] for run in runs)
+    assert leave(run for run in warm if run["switch"] == 250) == 0
+    yield f"at 1e-3 {leave(of_1000[1e-3])} of 5 leave after 1,000 steps of it and {leave(plain[1e-3])} of 5 baselines"
+    lengths = lambda runs, key: " ".join("-" if run[key] is None else f"{run[key]:,}" for run in runs)
+    yield f"({lengths(of_1000[5e-4], 'plateau_after_switch')} against {lengths(plain[5e-4], 'plateau_length')})"
     runs = of("mixture_long")
     mixed, plain = ([run for run in runs if (run["arm"] == "baseline") == is_plain] for is_plain in (False, True))
     assert min(map(probes.score_change, mixed)) > 0
@@ -1609,11 +1625,6 @@ def facts():
     yield f"{sum(v is not None for v in lax('mixture_unrelated', 'baseline'))} of 5 baselines leaves"
     yield f"{len(got)} of 5 runs mixed with the unrelated task ({' '.join(got)} steps)"
     yield f"5 of 5 mixed with the easy task ({' '.join(f'{v:,}' for v in lax('mixture_long', '50% easy'))})"
-    same = of("warmup_long", arm="baseline")
-    assert [run["loss"] for run in same] == [run["loss"] for run in plain]
-    ends = [at(run, "weights_score", run["probe_steps"].index(run["switch"])) - at(run, "weights_score", 0)
-            for run in of("warmup") if run["switch"]]  # fmt: skip
-    yield f"above its start in {sum(end > 0 for end in ends)} of {len(ends)} runs when the warm-up ends"
     spread = lambda name, **what: [at(run, "spread") for run in of(name, **what)]
     with_penalty, without = spread("norm", arm="norm:0.01"), spread("norm", arm="baseline")
     yield f"their spread ends at {min(with_penalty):.1f} to {max(with_penalty):.1f}"
