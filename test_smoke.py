@@ -1550,6 +1550,13 @@ def facts():
     yield f"{sum(stay)} of the {len(stay)} that stay cannot read the sentiment at all"
     mixed = [(min(both) > 0.9, not run["censored"]) for both, run in zip(read, runs) if run["arm"] == "mixture"]
     yield f"all {sum(a for a, _ in mixed)} mixed runs read both, and {sum(b for _, b in mixed)} leaves"
+    best = lambda run, factor: max(block[factor] for block in run["weights_score_by_factor"][-1])
+    read = {arm: [[best(run, factor) for run in of("nlp_order_long", arm=arm)] for factor in (0, 1)] for arm in ("weights", "baseline")}
+    assert min(sum(read["weights"], [])) > 0.995
+    yield f"baselines {show(read['baseline'][0])} and {show(read['baseline'][1])}"
+    context = [(run["context_score"][-1][-1], run["censored"]) for run in of("nlp_order_long")]
+    others = [score for score, stays in context if stays]
+    yield f"({show(score for score, stays in context if not stays)}; all others {min(others):.2f} to {max(others):.2f}, chance 0.50)"
     weights, plain = (of("nlp_arms", arm=arm, lr=2e-3) for arm in ("weights", "baseline"))
     lax = lambda runs: " ".join(str(run["plateau_length_other_rules"]["0.9"] or "-") for run in runs)
     end = lambda runs: show(run["loss"][-1] for run in runs)
