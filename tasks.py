@@ -230,18 +230,19 @@ class Items:
         number = HELD_OUT + torch.arange(sequences, device=device)[None]
         batch = self.sample(seeds, mappings([difficulty], device), number, n, held_out=True)
         chunk = max(1, int(2e7 / (1 if tables is None else tables.numel())))
-        parts = zip(batch.values[0][..., self.asked].split(chunk), batch.label[0].split(chunk))
-        p = torch.cat([bayes(v, y, sizes, tables) for v, y in parts])
-        one_by_one = pairwise(batch.values[0][..., self.asked], batch.label[0], sizes)
+        seen, label = batch.values[0][..., self.asked], batch.label[0]
+        p = torch.cat([bayes(v, y, sizes, tables) for v, y in zip(seen.split(chunk), label.split(chunk))])
+        one_by_one = pairwise(seen, label, sizes)
+        loss = lambda p: -p.gather(-1, label[..., None]).log().mean().item()
         return {
             "chance": prior.max(-1).values.mean().item(),
             "no_context_loss": torch.special.entr(prior).sum(-1).mean().item(),
             "label_set_loss": float(np.log(sizes).mean()),
-            "bayes_loss": -p.gather(-1, batch.label[0][..., None]).log().mean().item(),
+            "bayes_loss": loss(p),
             "bayes_accuracy": p.max(-1).values.mean().item(),
             "bayes_accuracy_by_position": p.max(-1).values.mean(0).tolist(),
-            "pairwise_loss": -one_by_one.gather(-1, batch.label[0][..., None]).log().mean().item(),
-            "pairwise_accuracy": (one_by_one.argmax(-1) == batch.label[0]).double().mean().item(),
+            "pairwise_loss": loss(one_by_one),
+            "pairwise_accuracy": (one_by_one.argmax(-1) == label).double().mean().item(),
         }
 
 
@@ -624,11 +625,11 @@ def pairwise(values, label, sizes: list[int]) -> torch.Tensor:
     prior = (exists / size[:, None]).mean(0)  # (c,)
     factor = exists.T[label] / size  # (b, n, f): which factor has the pair's label
     factor = factor / factor.sum(-1, keepdim=True)
-    log_p = prior.log().expand(*label.shape, -1)
+    log_p = prior.log().repeat(*label.shape, 1)
     for j in range(label.shape[1] - 1):
         agrees = values[:, j + 1 :] == values[:, j, None]  # (b, later n, f)
         same = (agrees * factor[:, j, None]).sum(-1, keepdim=True)
         other = torch.einsum("bnf,fc->bnc", ~agrees * factor[:, j, None] / (size - 1), exists)
         message = torch.where(every == label[:, j, None, None], same, other)
-        log_p = torch.cat([log_p[:, : j + 1], log_p[:, j + 1 :] + (message / prior).log()], 1)
+        log_p[:, j + 1 :] += (message / prior).log()
     return log_p.softmax(-1)
