@@ -357,6 +357,7 @@ def mappings(difficulty: list[float], device) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------- images and embeddings
 
 
+@lru_cache
 def render() -> np.ndarray:
     """Shaded masks (480, 3, 16, 16) of floor, walls and object for every (scale, shape, orientation).
 
