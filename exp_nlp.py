@@ -34,11 +34,11 @@ ARMS = ("baseline", "warmup", "mixture", "weights", "context", "norm")
 PAD, UNKNOWN, STOP, FIRST = range(4)  # every text ends in STOP, where its label is predicted; words are numbered from FIRST
 
 SCALES = {  # defaults only: any flag overrides them
-    "laptop": dict(arm=["baseline", "weights", "context"], difficulty=[4], lr=[2e-3], weight=1.0, switch=400, text="grammar",
+    "laptop": dict(arm=["baseline", "weights", "context"], difficulty=[4], lr=[2e-3], weight=1.0, switch=400, fraction=0.5, text="grammar",
                    texts=20_000, words=11, vocabulary=1000, steps=1000, batch=24, pairs=6,
                    n_layer=3, n_head=2, d_model=48, evaluations=50, probes=2),
-    "paper": dict(arm=list(ARMS), difficulty=[20000], lr=[1e-4], weight=0.1, switch=3905, text="grammar", texts=20_000, words=32,
-                  vocabulary=8000, steps=46860, batch=128, pairs=20, n_layer=12, n_head=4, d_model=128, evaluations=240, probes=30),
+    "paper": dict(arm=list(ARMS), difficulty=[20000], lr=[1e-4], weight=0.1, switch=3905, fraction=0.5, text="grammar", texts=20_000,
+                  words=32, vocabulary=8000, steps=46860, batch=128, pairs=20, n_layer=12, n_head=4, d_model=128, evaluations=240, probes=30),
 }  # fmt: skip
 FOUR = ["baseline", "weights", "context", "norm"]  # word selection has no mapping to ease
 WORDSELECT = {"laptop": dict(arm=FOUR, difficulty=[1.0], d_model=32, evaluations=100, probes=5), "paper": dict(arm=FOUR, difficulty=[1.0])}
@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
     exp.add_argument("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, one or several; inf = always fresh")
     exp.add_argument("--arm", choices=ARMS, nargs="+", help="strategies to compare (laptop: baseline weights context; paper: all)")
     exp.add_argument("--switch", type=int, help="warmup: steps on one mapping")
-    exp.add_argument("--fraction", type=float, default=0.5, help="mixture: part of every batch on one mapping (default 0.5)")
+    exp.add_argument("--fraction", type=float, help="mixture: part of every batch on one mapping")
     exp.add_argument("--weight", type=float, help="of the weights and context losses")
     exp.add_argument("--norm-weight", type=float, default=0.01, help="of the norm loss (default 0.01)")
     exp.add_argument("--text", choices=("grammar", "wordselect"), help="made here (default grammar)")
@@ -65,10 +65,12 @@ def arguments() -> argparse.Namespace:
     exp.add_argument("--n-layer", type=int, help="blocks")
     exp.add_argument("--d-model", type=int, help="width")
     args = parser.parse_args()
-    select = args.text == "wordselect"
+    select, arms = args.text == "wordselect", args.arm or SCALES[args.scale]["arm"]
     for given, source, unused in (
         (args.conllu or args.tsv, "your own texts", ("text", "texts")),
         (select, "--text wordselect", ("words", "vocabulary", "ask")),
+        ("warmup" not in arms, "arms (--arm) other than warmup", ("switch",)),
+        ("mixture" not in arms, "arms (--arm) other than mixture", ("fraction",)),
     ):
         for name in unused:
             if given and getattr(args, name) is not None:

@@ -126,6 +126,8 @@ def plot(metrics: dict, path: Path) -> None:
     heading = f"Runs that left the plateau: {count(lambda run: not run['censored'])}"
     if not linear:  # there every read-out starts perfect
         heading += f"\nRuns whose weights component ends below its start: {count(lambda run: change(run) < 0)}"
+    if several:
+        heading = f"Learning rate {lr:g}, the sweep's best; against the learning rate: below\n{heading}"
     figure.suptitle(heading)
 
     probes.curves(a, groups, "steps", lambda run: [v and v / run["no_context_loss"] for v in run["loss"]])
@@ -134,16 +136,15 @@ def plot(metrics: dict, path: Path) -> None:
         a.axhline(level["bayes_loss"] / level["no_context_loss"], color=colour, ls="--", lw=1)
     a.axhline(1, color="black", ls="--", lw=1)
     a.axhline(probes.ESCAPE, color="black", ls=":", lw=1)
-    a.text(budget, 1.005, "best without context", ha="right", va="bottom", fontsize=8)
-    a.text(budget, probes.ESCAPE + 0.005, "below: plateau is over", ha="right", va="bottom", fontsize=8)
+    a.text(budget, 1.005, "best without context", ha="right", va="bottom", fontsize=8, bbox=probes.READABLE)
+    a.text(0.01 * budget, probes.ESCAPE - 0.005, "below: plateau is over", va="top", fontsize=8, bbox=probes.READABLE)
     a.text(budget, 0.01, "dashed: exact Bayes level", ha="right", va="bottom", fontsize=8)
     if "pairwise_loss" in level:  # of the hardest: a learner that compares items and never infers which factor is asked
         alone = level["pairwise_loss"] / level["no_context_loss"]
         a.axhline(alone, color=colour, ls="-.", lw=1)
         a.text(budget, alone, f"each pair by itself, {label(m)}", ha="right", va="bottom", fontsize=8)
-    a.set(
-        title="(a) Training stalls, then jumps", xlabel="step", ylabel="held-out loss / best loss without context", ylim=(0, 1.15), xlim=0
-    )
+    a.set(title="(a) Training stalls before it improves", xlabel="step", xlim=0, ylim=(0, 1.15),
+          ylabel="held-out loss / best loss without context")  # fmt: skip
 
     shown = lambda run: [v if v is None else max(v, 1e-6) for v in score("weights_score")(run)]  # no zero on a log axis
     probes.curves(b, groups, "probe_steps", shown if linear else score("weights_score"))
@@ -152,7 +153,7 @@ def plot(metrics: dict, path: Path) -> None:
     if linear:
         b.set_yscale("log")
     b.axhspan(*((max(start), b.get_ylim()[1]) if linear else (b.get_ylim()[0], min(start))), color="tab:red", alpha=0.07, lw=0)
-    b.text(budget, np.median(start), "at initialisation", ha="right", va="bottom", fontsize=8)
+    b.text(budget, np.median(start), "at initialisation", ha="right", va="bottom", fontsize=8, bbox=probes.READABLE)
     b.set(title=f"(b) Weights component (block {block + 1}, no context)", xlabel="step", xlim=0,
           ylabel="weights score: error, lower is better" if linear else "weights score")  # fmt: skip
     b.legend(fontsize=8, title="dimension" if linear else "mappings", title_fontsize=8)
@@ -161,7 +162,7 @@ def plot(metrics: dict, path: Path) -> None:
         probes.curves(c, groups, "probe_steps", lambda run: [row[-1] for row in run["context_score"]])
         chance = 1 if linear else 1 / len(args["ask"])
         c.axhline(chance, color="black", ls="--", lw=1)
-        c.text(budget, chance, "chance", ha="right", va="bottom", fontsize=8)
+        c.text(budget, chance, "chance", ha="right", va="bottom", fontsize=8, bbox=probes.READABLE)
     c.set(title="(c) Context component (last block)", xlabel="step", xlim=0,
           ylabel="hidden vector w: error, lower is better" if linear else "which factor is asked: accuracy")  # fmt: skip
 
@@ -204,16 +205,19 @@ def plot(metrics: dict, path: Path) -> None:
 
     if several:
         panels = {
-            "(g) plateau length (steps; at the top: never)": probes.budgeted_length,
+            "(g) plateau length (steps; \u25b3: still on it at the end)": probes.budgeted_length,
             "(h) weights score, end minus start": change,
             "(i) spread of the states at the end": lambda run: run["spread"][-1][block],
         }
         for ax, (title, value) in zip(axes[2], panels.items()):
-            for m, colour in colours.items():
+            for k, (m, colour) in enumerate(colours.items()):
                 here = lambda rate: [run for run in metrics["runs"] if (run["difficulty"], run["lr"]) == (m, rate)]
                 points = np.array([[value(run) for run in here(rate)] for rate in args["lr"]], float)
-                ax.plot(args["lr"], points, ".", color=colour, alpha=0.6)
-                ax.plot(args["lr"], np.median(points, 1), color=colour, lw=2, label=label(m))
+                for rate, column in zip(args["lr"], points):  # beside each other, so that none hides another
+                    for run, point in zip(here(rate), column):
+                        stuck = run["censored"] and value is probes.budgeted_length
+                        ax.plot(rate * 1.03**k, point, "^" if stuck else ".", color=colour, mfc="none" if stuck else None, alpha=0.7)
+                ax.plot(np.array(args["lr"]) * 1.03**k, np.median(points, 1), color=colour, lw=2, label=label(m))
             ax.axvline(lr, color="black", ls=":", lw=1)
             ax.set(title=title, xscale="log", yscale="log" if "spread" in title else "linear",
                    xlabel="learning rate (dotted: the sweep's best)")  # fmt: skip

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import math
 import os
 import shutil
@@ -256,10 +257,13 @@ def pick_device(device: str, precision: str) -> tuple[torch.device, str]:
             raise RuntimeError
         if device.type == "cuda":
             torch.cuda.set_device(device)  # what the compiler asks for
+            torch.set_float32_matmul_precision("highest")  # measures are fp32, whatever the system's default
+            torch.backends.cuda.enable_cudnn_sdp(False)  # which releases choose it differs, and so do its results
         else:
             keep_memory()
     except (RuntimeError, AssertionError):
-        raise UsageError(f"--device {device}: not available here; use --device cpu") from None
+        many = ", or start no more processes than there are GPUs" * ("LOCAL_RANK" in os.environ)
+        raise UsageError(f"--device {device}: not available here; use --device cpu{many}") from None
     if precision == "auto":
         of_cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
         fast = torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else of_cpu()
@@ -352,10 +356,10 @@ def main() -> None:
     batch, pairs = size.pop("batch"), size["n_pair"]
     big = 2**28 if device.type == "cuda" else 2**25
     a, b = torch.ones(big, device=device), torch.ones(big, device=device)
-    copy = 8 * big / seconds(lambda a=a, b=b: a.copy_(b), device)
-    n = 8192 if device.type == "cuda" else 2048
+    n, inner = (8192, 50) if device.type == "cuda" else (2048, 1)  # a GPU takes a while to reach its speed
+    copy = 8 * big / seconds(lambda a=a, b=b: a.copy_(b), device, inner=inner)
     square = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    product = 2 * n**3 / seconds(lambda square=square: square @ square, device)
+    product = 2 * n**3 / seconds(lambda square=square: square @ square, device, inner=inner)
     del a, b, square
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, {precision}, {args.scale}: {size}, batch {batch}; medians of 5 blocks of {args.steps} steps")
@@ -364,6 +368,7 @@ def main() -> None:
         "    R  ms/step  ms/run-step   tokens/s     GB/s  of copy  TFLOP/s  of product  compile s  peak GB"
     )  # on a CPU: of the process so far
     for runs in args.runs:
+        gc.collect()  # a compiled model keeps itself alive until then
         model = GPT(Config(**size), list(range(runs))).to(device)
         optimizer = Adam(model, 1e-4)
         x = torch.randn(runs, batch, pairs, size["d_x"], device=device)

@@ -51,6 +51,7 @@ SAVE_SECONDS = 60  # between two checkpoints
 PROBE_STEPS, PROBE_BATCH, PROBE_RATE = 782, 128, 1e-3  # steps and rate of the paper; a small world is passed over many times
 MOST_TOKENS = 2**20  # in one pass of a probe, which keeps the states of every block
 ESCAPE = 0.8  # of the best loss without context: Kim et al. (arXiv 2410.05448); a learner of the label set alone stays above
+READABLE = dict(fc="white", ec="none", alpha=0.8, pad=0.5)  # behind a word in a figure
 COMPLETE = 0.95  # of the Bayes accuracy; in regression: loss within 0.1 of the Bayes loss
 
 
@@ -133,7 +134,8 @@ def converged_probe(train, target, test, test_target, sizes: list[int] | None, r
     a, b = (F.pad((s - mean) / std, (0, 1), value=1.0).double() for s in (train, test))
     y = goals(target, sizes, a.dtype)
     gram = a.mT @ a + ridge * a.shape[1] * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    return read_score((b @ torch.linalg.solve(gram, a.mT @ y)).mT, test_target, sizes)
+    solved, _ = torch.linalg.solve_ex(gram, a.mT @ y)  # a run that blew up may not stop the others
+    return read_score((b @ solved).mT, test_target, sizes)
 
 
 @torch.no_grad()
@@ -246,7 +248,7 @@ class Record:
         self.references = [known[key] for key in zip(seed.tolist(), difficulty)]
         if min(level["no_context_loss"] for level in self.references) < 1e-6:
             raise UsageError("--difficulty 1 with one asked factor: nothing is left for the context; ask two factors (--ask) or raise it")
-        if world.n_label and world.n_asked == 1 and any(run["arm"].startswith("context") for run in runs):
+        if world.n_label and world.n_asked == 1 and any("context" in run["arm"] for run in runs):
             raise UsageError("--ask: with one asked factor the context loss has nothing to read; ask two or leave that arm out")
         numbers = HELD_OUT + torch.arange(sequences, device=device).expand(len(runs), -1)
         self.held_out = world.sample(seed, mappings(difficulty, device), numbers, args.pairs, held_out=True)
@@ -611,7 +613,7 @@ def summarise(runs: list[dict], baseline: str = "baseline") -> list[dict]:
 def table(metrics: dict) -> str:
     """The summary as a Markdown table (those of the README): a row per arm at its best rate, its differences at all rates last."""
     rows, rates = metrics["summary"], metrics["args"]["lr"]
-    steps = lambda values, sign="": " ".join("-" if v is None else f"{v:{sign},}" if v else "0" for v in values)
+    steps = lambda values: " ".join("-" if v is None else f"{v:,}" for v in values)
     wide = lambda key: len({row[key] for row in rows}) > 1
     symbol, score = ("d", "read-out error") if metrics["args"].get("task") == "linear" else ("m", "weights score")
     column = {"size": lambda row: row["size"]} if wide("size") else {}
@@ -621,20 +623,27 @@ def table(metrics: dict) -> str:
         "best rate": lambda row: f"{row['lr']:g}",
         "plateau length, every seed": lambda row: steps(row["plateau_lengths"]),
         "median": lambda row: f"{row['plateau_length_median']:,.0f}",
-        "never": lambda row: f"{row['censored']} of {row['n']}",
+        "left": lambda row: f"{row['n'] - row['censored']} of {row['n']}",
         f"{score}, end minus start": lambda row: " ".join("-" if v is None else f"{v:+.3f}" for v in row["weights_score_changes"]),
     }
     if wide("arm"):
-        same = lambda row: [r["paired_differences"] for r in rows if all(r[k] == row[k] for k in ("arm", "difficulty", "size"))]
-        shown = lambda values, median: f"{steps(values, '+')} ({median:+,.0f})" if values else ""
-        column["steps against the baseline, both at their best rate"] = lambda row: shown(
-            row["paired_differences_best"], row["paired_differences_best_median"]
+        alike = lambda row, arm: [r for r in rows if (r["arm"], r["difficulty"], r["size"]) == (arm, row["difficulty"], row["size"])]
+        column["steps against the baseline, both at their best rate"] = lambda row: " ".join(
+            differences(row, "paired_differences_best", [r for r in alike(row, "baseline") if r["best_lr"]])
+            + [f"({median:+,.0f})" for median in [row["paired_differences_best_median"]] if median is not None]
         )
         if len(rates) > 1:
             names = "; ".join(f"{rate:g}" for rate in rates)
-            column[f"both at {names}"] = lambda row: "; ".join(steps(each, "+") for each in same(row) if each)
+            at_rate = lambda r: differences(r, "paired_differences", [b for b in alike(r, "baseline") if b["lr"] == r["lr"]])
+            column[f"both at {names}"] = lambda row: "; ".join(" ".join(each) for each in map(at_rate, alike(row, row["arm"])) if each)
     lines = [column, ["---"] * len(column), *[[cell(row) for cell in column.values()] for row in rows if row["best_lr"]]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def differences(row: dict, key: str, baseline: list[dict]) -> list[str]:
+    """The paired differences of a row of the summary in print, a dot where neither run left the plateau; baseline: its row or none."""
+    lengths = zip(row["plateau_lengths"], baseline[0]["plateau_lengths"] if baseline else [])
+    return ["\u00b7" if own is other is None else f"{value:+,}" if value else "0" for value, (own, other) in zip(row[key], lengths)]
 
 
 def curves(ax, groups: dict, x: str, y) -> None:
@@ -651,7 +660,7 @@ def budgeted_length(run: dict) -> int:
 
 
 def draw_lengths(ax, runs: list[dict], place: float, colour, width: float, flip: bool = False) -> None:
-    """Plateau length of every run side by side around x = place (flip: y), a hollow triangle = never; the bar is the median."""
+    """Plateau length of every run side by side around x = place (flip: y), a hollow triangle = not within the budget; the bar is the median."""
     for i, run in enumerate(runs):
         at = place + width * ((i + 0.5) / len(runs) - 0.5), budgeted_length(run)
         ax.plot(*(at[::-1] if flip else at), color=colour, ms=5, **(dict(marker="^", mfc="none") if run["censored"] else dict(marker="o")))
@@ -667,7 +676,7 @@ def draw_groups(ax, names: list, groups: dict) -> None:
                 draw_lengths(ax, runs, place + 0.8 * ((k + 0.5) / len(groups) - 0.5), colour, 0.6 / len(groups))
         ax.plot([], [], color=colour, lw=3, label=label)
     ax.set_xticks(range(len(names)), [str(name).replace("inf", "\u221e") for name in names])
-    ax.set(ylabel="plateau length (steps, \u25b3 = never)", ylim=(0, 1.04 * ax.get_ylim()[1]), xlim=(-0.5, len(names) - 0.5))
+    ax.set(ylabel="plateau length in steps (\u25b3: still on it)", ylim=(0, 1.04 * ax.get_ylim()[1]), xlim=(-0.5, len(names) - 0.5))
 
 
 def score_change(run: dict) -> float | None:
@@ -703,9 +712,9 @@ def draw_arms(metrics: dict, title: str, target: bool = True):
     marks = {"no_context_loss": "best without context", "pairwise_loss": "each pair by itself", "bayes_loss": "exact Bayes"}
     for value, text in [(level[key], text) for key, text in marks.items() if key in level]:
         a.axhline(value, color="black", ls="--", lw=1)
-        a.text(budget, value, text, ha="right", va="bottom", fontsize=8)
+        a.text(budget, value, text, ha="right", va="bottom", fontsize=8, bbox=READABLE)
     a.axhline(ESCAPE * level["no_context_loss"], color="black", ls=":", lw=1)
-    a.text(0.01 * budget, ESCAPE * level["no_context_loss"], "below: plateau is over", va="bottom", fontsize=8)
+    a.text(0.01 * budget, ESCAPE * level["no_context_loss"], "below: plateau is over", va="bottom", fontsize=8, bbox=READABLE)
     a.set(title="(a) Target task, each arm at its best rate", xlabel="step", ylabel="held-out loss", xlim=0,
           ylim=(0, 1.3 * level["no_context_loss"]))  # fmt: skip
     a.legend(fontsize=7, loc="lower left")
@@ -722,7 +731,7 @@ def draw_arms(metrics: dict, title: str, target: bool = True):
         draw_lengths(d, runs, place, colour, 0.5, flip=True)
     d.set_yticks(range(len(groups)), list(groups))
     d.invert_yaxis()
-    d.set(title="(d) Plateau length at the best rate (\u25b3 = never)", xlabel="steps", xlim=(0, 1.05 * budget))
+    d.set(title="(d) Plateau length (\u25b3: still on it at the end; bar: median)", xlabel="steps", xlim=(0, 1.05 * budget))
     difficulties = list(dict.fromkeys(run["difficulty"] for run in metrics["runs"]))
     if len(difficulties) == len(rates) == 1:  # nothing to compare: what is there at all?
         curves(e, groups, "probe_steps", score("weights_score_converged"))
@@ -757,13 +766,15 @@ def rank_correlation(a: list[float], b: list[float]) -> float | None:
 
 def environment(device: torch.device, seconds: dict) -> dict:
     """Where and when the numbers come from."""
+    here = Path(__file__).parent
+    git = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True, cwd=here).stdout.strip()
     try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+        commit = git("rev-parse", "HEAD") + " and changes" * bool(git("status", "--porcelain", "--", "*.py"))
     except OSError:
-        git = ""
+        commit = ""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {
-        "commit": git or None,
+        "commit": commit or None,
         "argv": sys.argv,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -782,7 +793,8 @@ def script_hash() -> str:
 
 
 def out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+    words = ("allocate memory", "out of memory", "ALLOC_FAILED")  # of a CPU, of CUDA, of its libraries
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
 
 def write_aside(path: Path, write) -> None:

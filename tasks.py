@@ -154,7 +154,8 @@ class Items:
         words = dict(d_x=0, n_word=self.n_word, n_token=self.table.shape[1])
         self.inputs = dict(d_y=self.n_label, **(words if self.n_word else dict(d_x=self.table.shape[1])))  # for model.Config
         if self.weight is not None:
-            self.cumulated = [self.weight[part].cumsum(0) for part in (self.train, self.test)]  # by held_out
+            # by held_out; on the CPU, since a GPU's order of adding changes
+            self.cumulated = [self.weight[part].cpu().cumsum(0).to(self.weight.device) for part in (self.train, self.test)]
 
     def permutation(self, seed, mapping, asked) -> torch.Tensor:
         """Label of each value under a mapping: seed (r, ...), mapping, asked (broadcast) -> (..., n_label)."""
