@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import statistics
 import subprocess
@@ -52,6 +53,7 @@ PROBE_STEPS, PROBE_BATCH, PROBE_RATE = 782, 128, 1e-3  # steps and rate of the p
 MOST_TOKENS = 2**20  # in one pass of a probe, which keeps the states of every block
 ESCAPE = 0.8  # of the best loss without context: Kim et al. (arXiv 2410.05448); a learner of the label set alone stays above
 READABLE = dict(fc="white", ec="none", alpha=0.8, pad=0.5)  # behind a word in a figure
+COLOURS = {"baseline": "black", "weights": "tab:blue", "norm": "tab:orange", "context": "tab:green"}  # the same in every figure
 COMPLETE = 0.95  # of the Bayes accuracy; in regression: loss within 0.1 of the Bayes loss
 
 
@@ -695,7 +697,10 @@ def draw_arms(metrics: dict, title: str, target: bool = True):
     m, size, block = last["difficulty"], last.get("size"), last["headline_block"]
     here = [run for run in metrics["runs"] if (run["difficulty"], run.get("size")) == (m, size)]
     best = {r["arm"]: r["lr"] for r in metrics["summary"] if r["best_lr"] and (r["difficulty"], r["size"]) == (m, size)}
-    colours = dict(zip(best, itertools.chain(["black"], itertools.cycle([*plt.cm.tab10.colors, *plt.cm.Set2.colors]))))
+    others, colours = itertools.cycle([*plt.cm.tab10.colors[3:], *plt.cm.Set2.colors]), {}
+    for arm in best:
+        known = COLOURS.get(re.sub(r":[^+]*$", "", arm))  # weights:0.1 is weights
+        colours[arm] = known if known and known not in colours.values() else next(others)
     mine = lambda arm, lr: [run for run in here if (run["arm"], run["lr"]) == (arm, lr)]
     label = lambda arm, lr: f"{arm} (lr {lr:g})" if len(rates) > 1 else arm
     groups = {label(arm, lr): (colours[arm], mine(arm, lr)) for arm, lr in best.items()}
