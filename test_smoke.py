@@ -149,10 +149,10 @@ def test_attention_is_causal_and_identity_mixes_nothing():
     assert torch.equal(a[:, :, 3], c[:, :, 3]) and not torch.allclose(a[:, :, 2], c[:, :, 2])
 
 
-def train_tiny(seeds, rows, rates, steps=5):
-    world = shapes(FEW, code_width=6)
-    seed, m = torch.tensor(seeds), mappings([2.0, 7.0, math.inf], "cpu")[rows]
-    model = GPT(Config(d_x=6, d_y=world.n_label, n_pair=4, n_layer=2, n_head=2, d_model=8), seeds)
+def train_tiny(seeds, rows, rates, steps=5, device="cpu"):
+    world = shapes(FEW, code_width=6, device=device)
+    seed, m = torch.tensor(seeds, device=device), mappings([2.0, 7.0, math.inf], device)[rows]
+    model = GPT(Config(d_x=6, d_y=world.n_label, n_pair=4, n_layer=2, n_head=2, d_model=8), seeds).to(device)
     optimizer = Adam(model, rates)
     for step in range(steps):
         batch = world.sample(seed, m, sequence_numbers(seed, step, 8), 4)
@@ -168,6 +168,36 @@ def test_a_run_alone_equals_the_run_among_others_bit_for_bit():
     assert not torch.equal(together[0][0], together[0][1])
     diverging = train_tiny([5, 6, 7], [0, 1, 2], [1e-3, 2e-3, math.inf])  # a run that blows up spares the others
     assert all(torch.equal(a[1], b[0]) for a, b in zip(diverging, alone)) and diverging[0][2].isnan().any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_does_what_a_cpu_does(device="cuda"):
+    """Model and gradients in fp64, fp32 and bf16, sequences, and five steps of training."""
+    for dtype, precision, close in ((torch.float64, "fp32", 1e-9), (torch.float32, "fp32", 1e-4), (torch.float32, "bf16", 5e-2)):
+        results = []
+        for there in ("cpu", device):
+            model = disturbed(GPT(Config(**TINY), [3, 4])).to(there, dtype)
+            x, y, label = (t.to(there, dtype) if t.is_floating_point() else t.to(there) for t in tiny_batch(2))
+            with autocast(torch.device(there), precision if there == device else "fp32"):
+                logits = model(x, y)
+            F.cross_entropy(logits.to(dtype).flatten(0, -2), label.flatten()).backward()
+            results.append([logits.to(dtype), *(p.grad for p in model.parameters())])
+        for want, got in zip(*results):
+            torch.testing.assert_close(got.cpu(), want, atol=close * max(1e-2, want.abs().max().item()), rtol=close)
+    for world in (
+        lambda where: shapes(FEW, FACTORS[:2] + FACTORS[5:], code_width=5, device=where),
+        lambda where: Regression(5, 0.5, where),
+    ):
+        drawn = []
+        for where in ("cpu", device):
+            seed = torch.tensor([3, 8], device=where)
+            drawn.append(world(where).sample(seed, torch.tensor([4, 5], device=where), sequence_numbers(seed, 7, 3), 6))
+        for key, want in vars(drawn[0]).items():
+            got = getattr(drawn[1], key)
+            if want is not None:
+                torch.testing.assert_close(got.cpu(), want, atol=1e-5 * want.is_floating_point(), rtol=0)
+    for want, got in zip(*(train_tiny([5, 6, 7], [0, 1, 2], [1e-3, 2e-3, 1e-2], device=where) for where in ("cpu", device))):
+        torch.testing.assert_close(got.cpu(), want, atol=1e-3, rtol=1e-3)
 
 
 def test_adam_equals_torch_for_every_run():
@@ -1215,10 +1245,11 @@ def test_exp_nlp_end_to_end(tmp_path):
     f"exp_nlp.py {TRAIN} --pairs 4 --texts 1500 --switch 5 --arm {' '.join(exp_nlp.ARMS)}",
     f"exp_nlp.py {TRAIN} --pairs 4 --texts 1500 --text wordselect",
 ])  # fmt: skip
-def test_a_training_step_never_asks_its_device_for_a_number(command, tmp_path, monkeypatch):
+@pytest.mark.parametrize("device", ["meta", *["cuda"] * torch.cuda.is_available()])
+def test_a_training_step_never_asks_its_device_for_a_number(device, command, tmp_path, monkeypatch):
     """On torch's meta device tensors have no values and mix with no others: what a step would fetch from a GPU, and wait for, or
-    leave on the CPU, is an error here."""
-    training = False
+    leave on the CPU, is an error here. A GPU itself is told to refuse."""
+    training, refuse = False, torch.cuda.set_sync_debug_mode if device == "cuda" else lambda mode: None
 
     def value_of(real, made_up):
         def asked(tensor, *rest):
@@ -1231,7 +1262,11 @@ def test_a_training_step_never_asks_its_device_for_a_number(command, tmp_path, m
         nonlocal training
         for step in range(7):
             training = True
-            yield step
+            refuse("error")
+            try:
+                yield step
+            finally:
+                refuse("default")
             training = False
 
     ones = lambda t: torch.ones(t.shape, dtype=t.dtype)
@@ -1242,7 +1277,7 @@ def test_a_training_step_never_asks_its_device_for_a_number(command, tmp_path, m
     monkeypatch.setattr(probes, "PROBE_STEPS", 2)
     monkeypatch.setattr(sys, "argv", shlex.split(f"{command} --out {tmp_path}"))
     script = importlib.import_module(command.split(".")[0])
-    monkeypatch.setattr(script, "pick_device", lambda *_: (torch.device("meta"), "fp32"))
+    monkeypatch.setattr(script, "pick_device", lambda *_: (torch.device(device), "fp32"))
     args = script.arguments()
     script.train(args, script.runs_of(args), "checkpoint.pt")
 
