@@ -1488,7 +1488,10 @@ def facts():
         runs = of("rates", difficulty=m, lr=2e-3)
         yield f"{changes(runs)} at m = {m}"
         if m != 8:
+            scores, context = sorted(map(probes.score_change, runs)), sorted(run["context_score"][-1][-1] for run in runs)
             yield f"{show(run['context_score'][-1][-1] for run in runs)} at " + ("m = 1" if m == 1 else "inf")
+            yield f"by {scores[0]:+.3f} to {scores[-1]:+.3f} at m = {m}"
+            yield f"at {context[0]:.2f} to {context[-1]:.2f} at " + ("m = 1" if m == 1 else "inf")
     totals, best = {}, {}
     for lr in (5e-4, 1e-3, 2e-3):
         runs = of("rates", lr=lr)
@@ -1502,6 +1505,9 @@ def facts():
     yield ", ".join(f"{total:,.0f} at {lr:g}" for lr, total in totals.items()) + " steps"
     yield ", ".join(f"{best[m]:g} (m = {m})" for m in (1, 8, 64, "inf"))
     falls = {lr: [-probes.score_change(run) for run in of("rates", difficulty="inf", lr=lr)] for lr in totals}
+    yield f"it falls by {min(falls[2e-3]):.3f} to {max(falls[2e-3]):.3f} at m = inf in five of five seeds, at m = 8 and 1 by " + (
+        f"{-min(probes.score_change(run) for run in of('rates', lr=2e-3) if run['difficulty'] in (1, 8)):.3f} at most"
+    )
     yield f"At 2e-3 it falls at m = inf in all five runs, by {min(falls[2e-3]):.3f} to {max(falls[2e-3]):.3f}, and none leaves"
     sweeps = [lengths(of(name, difficulty=m, lr=5e-4)[:3]) for name in ("rates_bf16", "rates") for m in (1, "inf")]
     yield "at 5e-4 plateaus end at {} for m = 1 and {} for m = inf, in fp32 at {} and {}".format(*sweeps)
@@ -1544,6 +1550,7 @@ def facts():
     lost = sorted(-change(run, "weights_score_converged") for run in fallen)
     small = [fall for fall in lost if fall < 0.0105]
     yield f"in {len(fallen)} baselines it falls by more than 0.03; the converged score falls by at most 0.01 in {len(small)} of them"
+    yield f"of them, by up to {lost[-1]:.3f} in the others"
     yield f"of them, by {show(lost[len(small) :], 3)} in the others"
     for name, one, two in (("nlp", "on the plateau", 1), ("wordselect", "at step 200", 1)):
         runs = of(name, arm="baseline")
@@ -1613,8 +1620,7 @@ def facts():
     yield f"({lax(weights)} against {lax(plain)})"
     yield f"({end(weights)} against {end(plain)})"
     yield f"{sum(core_minutes(path) for path in (HERE / 'assets').glob('*.json')) / 60:.0f} hours of one older CPU core"
-    first = README[README.index("| # |") : README.index("*Best of n*")]
-    for row in first.strip().splitlines()[2:]:
+    for row in re.findall(r"^\| .+assets/.+ \| \d+ \|$", README, re.M):
         minutes = sum(core_minutes(HERE / "assets" / f"{name}.json") for name in dict.fromkeys(re.findall(r"assets/(\w+).json", row)))
         yield f"{row.rpartition('|')[0].rpartition('|')[0]}| {minutes:.0f} |"
     for command, took in asset("default_times").items():
