@@ -38,7 +38,8 @@ SCALES = {  # defaults only: any flag overrides them
                    texts=20_000, words=11, vocabulary=1000, steps=1000, batch=24, pairs=6,
                    n_layer=3, n_head=2, d_model=48, evaluations=50, probes=2),
     "paper": dict(arm=list(ARMS), difficulty=[20000], lr=[1e-4], weight=0.1, switch=3905, fraction=0.5, text="grammar", texts=20_000,
-                  words=32, vocabulary=8000, steps=46860, batch=128, pairs=20, n_layer=12, n_head=4, d_model=128, evaluations=240, probes=30),
+                  words=32, vocabulary=8000, steps=46860, batch=128, pairs=20,
+                  n_layer=12, n_head=4, d_model=128, evaluations=240, probes=30),
 }  # fmt: skip
 FOUR = ["baseline", "weights", "context", "norm"]  # word selection has no mapping to ease
 WORDSELECT = {"laptop": dict(arm=FOUR, difficulty=[1.0], d_model=32, evaluations=100, probes=5), "paper": dict(arm=FOUR, difficulty=[1.0])}

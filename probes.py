@@ -662,7 +662,7 @@ def budgeted_length(run: dict) -> int:
 
 
 def draw_lengths(ax, runs: list[dict], place: float, colour, width: float, flip: bool = False) -> None:
-    """Plateau length of every run side by side around x = place (flip: y), a hollow triangle = not within the budget; the bar is the median."""
+    """Plateau length of every run side by side around x = place (flip: y), a hollow triangle = not in time; the bar is the median."""
     for i, run in enumerate(runs):
         at = place + width * ((i + 0.5) / len(runs) - 0.5), budgeted_length(run)
         ax.plot(*(at[::-1] if flip else at), color=colour, ms=5, **(dict(marker="^", mfc="none") if run["censored"] else dict(marker="o")))

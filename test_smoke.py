@@ -1655,14 +1655,37 @@ def facts():
     assert leave(run for run in warm if run["switch"] == 250) == 0
     yield f"at 1e-3 {leave(of_1000[1e-3])} of 5 leave after 1,000 steps of it and {leave(plain[1e-3])} of 5 baselines"
     yield f"({lengths(of_1000[5e-4], 'plateau_after_switch')} against {lengths(plain[5e-4])})"
+    for name in ("pixels", "vae"):
+        runs = of(name)
+        assert max(map(probes.score_change, runs)) < 0 and not any(run["censored"] for run in runs if run["difficulty"] == 1)
+        begin, end = (sorted(at(run, "weights_score_converged", probe) for run in runs) for probe in (0, -1))
+        yield f"from {begin[0]:.2f}-{begin[-1]:.2f} to between {end[0]:.2f} and {end[-1]:.2f}"
+        rho = asset(name)["weights_score_change_against_plateau_length"]["rho"]
+        yield f"plateau length {rho:.2f}, n = 20" if name == "vae" else f"equally everywhere ({rho:.2f})"
+    early = sorted(at(run, "weights_score", 1) for run in of("pixels"))
+    yield f"within 250 steps from 0.85 to between {early[0]:.2f} and {early[-1]:.2f}"
     runs = of("mixture_long")
-    mixed, plain = ([run for run in runs if (run["arm"] == "baseline") == is_plain] for is_plain in (False, True))
-    assert min(map(probes.score_change, mixed)) > 0
-    at_rate = lambda runs, lr: sum(not run["censored"] for run in runs if run["lr"] == lr)
-    yield f"1e-3 {at_rate(mixed, 1e-3)} of 5 mixed runs leave and {at_rate(plain, 1e-3)} of 5 baselines"
-    yield f"baselines, at 5e-4 {at_rate(mixed, 5e-4)} and {at_rate(plain, 5e-4)} of 5"
+    mixed, plain, foreign = ([run for run in runs if run["arm"] == arm] for arm in ("50% easy", "baseline", "50% unrelated"))
+    leave = lambda runs, lr=None: sum(not run["censored"] for run in runs if lr in (None, run["lr"]))
+    assert [leave(mixed, lr) for lr in totals] == [5, 5, 5] and leave(plain, 2e-3) == 0
+    yield f"of the baselines {leave(plain, 5e-4)} of 5 at 5e-4, {leave(plain, 1e-3)} of 5 at 1e-3 and none at 2e-3"
+    early = sorted(change(run, "weights_score", run["probe_steps"].index(480)) for run in mixed)
+    assert min(run["loss"][run["steps"].index(480)] for run in mixed) > asset("mixture_long")["reference"]["inf"]["no_context_loss"]
+    yield f"all {len(mixed)} mixed runs is up by {early[0]:.3f} to {early[-1]:.3f} at step 480, while no loss is below"
+    above = sum(probes.score_change(run) > 0 for run in mixed)
     fell = sum(probes.score_change(run) < 0 for run in plain)
-    yield f"the weights score of all mixed runs ends above its start, that of {fell} baselines below"
+    yield f"above its start in {above} of {len(mixed)} mixed runs, and below in {fell} of {len(plain)} baselines"
+    yield f"{leave(foreign)} of {len(foreign)} runs leaves ({leave(plain)} of {len(plain)} baselines)"
+    lax = lambda runs, lr: [run["plateau_length_other_rules"]["0.9"] for run in runs if run["lr"] == lr]
+    steps = lambda values: " ".join("-" if value is None else f"{value:,}" for value in values)
+    yield f"at 5e-4 they end at {steps(lax(foreign, 5e-4))}, the baselines at {steps(lax(plain, 5e-4))}, the runs mixed with the easy"
+    yield f"task at {steps(lax(mixed, 5e-4))}; at 1e-3 at {steps(lax(foreign, 1e-3))}, {steps(lax(plain, 1e-3))} and"
+    yield f"and {steps(lax(mixed, 1e-3))}."
+    of_context = [run["context_score"][-1][-1] for run in of("context") if run["arm"] != "baseline"]
+    yield f"(its context score ends at {min(of_context):.2f} to {max(of_context):.2f}, chance 0.33); at weight 1"
+    yield "at weight 1 {} of 5 leave, at 10 {}, without it {} (".format(
+        *(leave(of("context", arm=arm)) for arm in ("context:1", "context:10", "baseline"))
+    )
     for name in ("mixture_fractions", "mixture_sizes"):
         runs = of(name)
         up, below = ([probes.score_change(run) > 0 for run in runs if bool(run["fraction"]) == mixed] for mixed in (True, False))
@@ -1670,7 +1693,11 @@ def facts():
         yield f"the score of all {len(up)} mixed runs ends above its start, that of {below.count(False)} of {len(below)} baselines below"
     assert all(run["censored"] for run in runs if run["size"].startswith("1") or run["size"].endswith("32"))
     falls = [probes.score_change(run) for run in of("larger", arm="baseline")]
-    yield "score falls by {:.3f}, {:.3f} and {:.3f}, with".format(*(-fall for fall in falls))
+    yield f"score falls by {-max(falls):.3f} to {-min(falls):.3f} in five of five seeds, with"
+    spreads = [at(run, "spread") for run in of("larger", arm="baseline")]
+    yield f"their spread grows from {at(of('larger')[0], 'spread', 0):.0f} to {min(spreads):.0f} and more"
+    ends = [at(run, "weights_score") for run in of("larger", arm="baseline")]
+    yield f"score falls from 0.88 to between {min(ends):.2f} and {max(ends):.2f}"
     slowest = of("larger_low", lr=1.25e-4)
     assert all(run["censored"] for run in of("larger_low"))
     whole = " ".join(f"{probes.score_change(run):+.3f}" for run in slowest)
@@ -1682,11 +1709,6 @@ def facts():
     ):
         saved = [then - run["plateau_length"] for then, run in zip(slow, of(name, arm=arm, lr=1e-3))]
         yield f"{text} by {' '.join(f'{steps:,}' for steps in saved)}"
-    lax = lambda name, arm: [run["plateau_length_other_rules"]["0.9"] for run in of(name, arm=arm, lr=1e-3)]
-    got = [f"{v:,}" for v in lax("mixture_unrelated", "50% unrelated") if v]
-    yield f"{sum(v is not None for v in lax('mixture_unrelated', 'baseline'))} of 5 baselines leaves"
-    yield f"{len(got)} of 5 runs mixed with the unrelated task ({' '.join(got)} steps)"
-    yield f"5 of 5 mixed with the easy task ({' '.join(f'{v:,}' for v in lax('mixture_long', '50% easy'))})"
     spread = lambda name, **what: [at(run, "spread") for run in of(name, **what)]
     with_penalty, without = spread("norm", arm="norm:0.01"), spread("norm", arm="baseline")
     yield f"their spread ends at {min(with_penalty):.1f} to {max(with_penalty):.1f}"
