@@ -1419,6 +1419,8 @@ def test_every_command_of_the_readme_runs(command, tmp_path, monkeypatch):
     if "--replot" in flags:
         shutil.copy(HERE / "assets" / "plateau.json", tmp_path / "metrics.json")
     monkeypatch.setattr(probes, "save_figure", lambda path, figure: plt.close(figure))  # drawn, not saved
+    monkeypatch.setattr(vae, "__defaults__", (64, 20, 0.1))  # latent, steps, beta
+    monkeypatch.setattr(tasks, "keep", lambda file, table: None)
     run(f"{script} {small} {flags} {own(original, flags)} --seeds 1 --out {tmp_path}", figure=True)
     assert science(tmp_path)["finished"]
 
