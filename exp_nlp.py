@@ -66,7 +66,9 @@ def arguments() -> argparse.Namespace:
     exp.add_argument("--n-layer", type=int, help="blocks")
     exp.add_argument("--d-model", type=int, help="width")
     args = parser.parse_args()
-    select, arms = args.text == "wordselect", args.arm or SCALES[args.scale]["arm"]
+    select = args.text == "wordselect"
+    scale = SCALES[args.scale] | (WORDSELECT[args.scale] if select else {})
+    arms = args.arm or scale["arm"]
     for given, source, unused in (
         (args.conllu or args.tsv, "your own texts", ("text", "texts")),
         (select, "--text wordselect", ("words", "vocabulary", "ask")),
@@ -76,7 +78,7 @@ def arguments() -> argparse.Namespace:
         for name in unused:
             if given and getattr(args, name) is not None:
                 raise UsageError(f"--{name}: has no meaning with {source}; leave it out")
-    probes.check(args, SCALES[args.scale] | (WORDSELECT[args.scale] if select else {}))
+    probes.check(args, scale)
     if args.conllu and args.tsv:
         raise UsageError("--tsv: give either --conllu or --tsv")
     if select and (args.difficulty != [1] or set(args.arm) & {"warmup", "mixture"}):

@@ -136,8 +136,8 @@ def plot(metrics: dict, path: Path) -> None:
         a.axhline(level["bayes_loss"] / level["no_context_loss"], color=colour, ls="--", lw=1)
     a.axhline(1, color="black", ls="--", lw=1)
     a.axhline(probes.ESCAPE, color="black", ls=":", lw=1)
-    a.text(budget, 1.005, "best without context", ha="right", va="bottom", fontsize=8, bbox=probes.READABLE)
-    a.text(0.01 * budget, probes.ESCAPE - 0.005, "below: plateau is over", va="top", fontsize=8, bbox=probes.READABLE)
+    a.text(budget, 1.005, "best without context", ha="right", va="bottom", **probes.READABLE)
+    a.text(0.01 * budget, probes.ESCAPE - 0.005, "below: plateau is over", va="top", **probes.READABLE)
     a.text(budget, 0.01, "dashed: exact Bayes level", ha="right", va="bottom", fontsize=8)
     if "pairwise_loss" in level:  # of the hardest: a learner that compares items and never infers which factor is asked
         alone = level["pairwise_loss"] / level["no_context_loss"]
@@ -153,7 +153,7 @@ def plot(metrics: dict, path: Path) -> None:
     if linear:
         b.set_yscale("log")
     b.axhspan(*((max(start), b.get_ylim()[1]) if linear else (b.get_ylim()[0], min(start))), color="tab:red", alpha=0.07, lw=0)
-    b.text(budget, np.median(start), "at initialisation", ha="right", va="bottom", fontsize=8, bbox=probes.READABLE)
+    b.text(budget, np.median(start), "at initialisation", ha="right", va="bottom", **probes.READABLE)
     b.set(title=f"(b) Weights component (block {block + 1}, no context)", xlabel="step", xlim=0,
           ylabel="weights score: error, lower is better" if linear else "weights score")  # fmt: skip
     b.legend(fontsize=8, title="dimension" if linear else "mappings", title_fontsize=8)
@@ -162,7 +162,7 @@ def plot(metrics: dict, path: Path) -> None:
         probes.curves(c, groups, "probe_steps", lambda run: [row[-1] for row in run["context_score"]])
         chance = 1 if linear else 1 / len(args["ask"])
         c.axhline(chance, color="black", ls="--", lw=1)
-        c.text(budget, chance, "chance", ha="right", va="bottom", fontsize=8, bbox=probes.READABLE)
+        c.text(budget, chance, "chance", ha="right", va="bottom", **probes.READABLE)
     c.set(title="(c) Context component (last block)", xlabel="step", xlim=0,
           ylabel="hidden vector w: error, lower is better" if linear else "which factor is asked: accuracy")  # fmt: skip
 
@@ -204,26 +204,22 @@ def plot(metrics: dict, path: Path) -> None:
     draw_positions(f, metrics, groups) if linear else draw_example(f, metrics["example"])
 
     if several:
-        panels = {
-            "(g) plateau length (steps; \u25b3: still on it at the end)": probes.budgeted_length,
-            "(h) weights score, end minus start": change,
-            "(i) spread of the states at the end": lambda run: run["spread"][-1][block],
-        }
-        for ax, (title, value) in zip(axes[2], panels.items()):
-            for k, (m, colour) in enumerate(colours.items()):
-                here = lambda rate: [run for run in metrics["runs"] if (run["difficulty"], run["lr"]) == (m, rate)]
-                points = np.array([[value(run) for run in here(rate)] for rate in args["lr"]], float)
-                for rate, column in zip(args["lr"], points):  # beside each other, so that none hides another
-                    for run, point in zip(here(rate), column):
-                        stuck = run["censored"] and value is probes.budgeted_length
-                        ax.plot(rate * 1.03**k, point, "^" if stuck else ".", color=colour, mfc="none" if stuck else None, alpha=0.7)
-                ax.plot(np.array(args["lr"]) * 1.03**k, np.median(points, 1), color=colour, lw=2, label=label(m))
+        rates, (g, h, i) = sorted(args["lr"]), axes[2]
+        here = lambda m, rate: [run for run in metrics["runs"] if (run["difficulty"], run["lr"]) == (m, rate)]
+        probes.draw_groups(g, rates, {label(m): (colour, [here(m, rate) for rate in rates]) for m, colour in colours.items()})
+        g.set(title="(g) Plateau length against learning rate", xlabel="learning rate")
+        spread = lambda run: run["spread"][-1][block]
+        for ax, title, value in ((h, "(h) weights score, end minus start", change), (i, "(i) spread of the states at the end", spread)):
+            for m, colour in colours.items():
+                points = np.array([[value(run) for run in here(m, rate)] for rate in rates], float)
+                ax.plot(rates, points, ".", color=colour, alpha=0.6)
+                ax.plot(rates, np.median(points, 1), color=colour, lw=2, label=label(m))
             ax.axvline(lr, color="black", ls=":", lw=1)
-            ax.set(title=title, xscale="log", yscale="log" if "spread" in title else "linear",
+            ax.set(title=title, xscale="log", yscale="log" if value is spread else "linear",
                    xlabel="learning rate (dotted: the sweep's best)")  # fmt: skip
             ax.minorticks_off()
-            ax.set_xticks(args["lr"], [f"{rate:g}" for rate in args["lr"]])
-        axes[2, 1].legend(fontsize=8)
+            ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        h.legend(fontsize=8)
     probes.save_figure(path, figure)
 
 

@@ -52,9 +52,9 @@ SAVE_SECONDS = 60  # between two checkpoints
 PROBE_STEPS, PROBE_BATCH, PROBE_RATE = 782, 128, 1e-3  # steps and rate of the paper; a small world is passed over many times
 MOST_TOKENS = 2**20  # in one pass of a probe, which keeps the states of every block
 ESCAPE = 0.8  # of the best loss without context: Kim et al. (arXiv 2410.05448); a learner of the label set alone stays above
-READABLE = dict(fc="white", ec="none", alpha=0.8, pad=0.5)  # behind a word in a figure
-COLOURS = {"baseline": "black", "weights": "tab:blue", "norm": "tab:orange", "context": "tab:green"}  # the same in every figure
 COMPLETE = 0.95  # of the Bayes accuracy; in regression: loss within 0.1 of the Bayes loss
+READABLE = dict(fontsize=8, bbox=dict(fc="white", ec="none", alpha=0.8, pad=0.5))  # words on top of curves
+COLOURS = {"baseline": "black", "weights": "tab:blue", "norm": "tab:orange", "context": "tab:green"}  # the same in every figure
 
 
 # ---------------------------------------------------------------------------------------------- accuracy
@@ -630,22 +630,23 @@ def table(metrics: dict) -> str:
     }
     if wide("arm"):
         alike = lambda row, arm: [r for r in rows if (r["arm"], r["difficulty"], r["size"]) == (arm, row["difficulty"], row["size"])]
-        column["steps against the baseline, both at their best rate"] = lambda row: " ".join(
-            differences(row, "paired_differences_best", [r for r in alike(row, "baseline") if r["best_lr"]])
-            + [f"({median:+,.0f})" for median in [row["paired_differences_best_median"]] if median is not None]
+        best = lambda row: differences(row, "paired_differences_best", [r for r in alike(row, "baseline") if r["best_lr"]])
+        column["steps against the baseline, both at their best rate"] = lambda row: (
+            f"{best(row)} ({row['paired_differences_best_median']:+,.0f})" if row["paired_differences_best"] else ""
         )
         if len(rates) > 1:
             names = "; ".join(f"{rate:g}" for rate in rates)
             at_rate = lambda r: differences(r, "paired_differences", [b for b in alike(r, "baseline") if b["lr"] == r["lr"]])
-            column[f"both at {names}"] = lambda row: "; ".join(" ".join(each) for each in map(at_rate, alike(row, row["arm"])) if each)
+            column[f"both at {names}"] = lambda row: "; ".join(filter(None, map(at_rate, alike(row, row["arm"]))))
     lines = [column, ["---"] * len(column), *[[cell(row) for cell in column.values()] for row in rows if row["best_lr"]]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def differences(row: dict, key: str, baseline: list[dict]) -> list[str]:
+def differences(row: dict, key: str, baseline: list[dict]) -> str:
     """The paired differences of a row of the summary in print, a dot where neither run left the plateau; baseline: its row or none."""
     lengths = zip(row["plateau_lengths"], baseline[0]["plateau_lengths"] if baseline else [])
-    return ["\u00b7" if own is other is None else f"{value:+,}" if value else "0" for value, (own, other) in zip(row[key], lengths)]
+    shown = lambda value, own, other: "\u00b7" if own is other is None else f"{value:+,}" if value else "0"
+    return " ".join(shown(value, *pair) for value, pair in zip(row[key], lengths))
 
 
 def curves(ax, groups: dict, x: str, y) -> None:
@@ -717,9 +718,9 @@ def draw_arms(metrics: dict, title: str, target: bool = True):
     marks = {"no_context_loss": "best without context", "pairwise_loss": "each pair by itself", "bayes_loss": "exact Bayes"}
     for value, text in [(level[key], text) for key, text in marks.items() if key in level]:
         a.axhline(value, color="black", ls="--", lw=1)
-        a.text(budget, value, text, ha="right", va="bottom", fontsize=8, bbox=READABLE)
+        a.text(budget, value, text, ha="right", va="bottom", **READABLE)
     a.axhline(ESCAPE * level["no_context_loss"], color="black", ls=":", lw=1)
-    a.text(0.01 * budget, ESCAPE * level["no_context_loss"], "below: plateau is over", va="bottom", fontsize=8, bbox=READABLE)
+    a.text(0.01 * budget, ESCAPE * level["no_context_loss"], "below: plateau is over", va="bottom", **READABLE)
     a.set(title="(a) Target task, each arm at its best rate", xlabel="step", ylabel="held-out loss", xlim=0,
           ylim=(0, 1.3 * level["no_context_loss"]))  # fmt: skip
     a.legend(fontsize=7, loc="lower left")

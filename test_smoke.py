@@ -1481,7 +1481,10 @@ def facts():
     asset = lambda name: dict_of(HERE / "assets" / f"{name}.json")
     at = lambda run, key, probe=-1: run[key][probe][run["headline_block"]]
     change = lambda run, key, probe=-1: at(run, key, probe) - at(run, key, 0)
-    lengths = lambda runs, key="plateau_length": " ".join("-" if run[key] is None else f"{run[key]:,}" for run in runs)
+    steps = lambda values: " ".join("-" if value is None else f"{value:,}" for value in values)
+    lengths = lambda runs, key="plateau_length": steps(run[key] for run in runs)
+    lax = lambda runs: steps(run["plateau_length_other_rules"]["0.9"] for run in runs)
+    leave = lambda runs, lr=None: sum(not run["censored"] for run in runs if lr in (None, run["lr"]))
     show = lambda values, digits=2: " ".join(f"{value:.{digits}f}" for value in values)
     of = lambda name, **what: [run for run in asset(name)["runs"] if all(run[key] == value for key, value in what.items())]
 
@@ -1617,7 +1620,6 @@ def facts():
     others = [score for score, stays in context if stays]
     yield f"({show(score for score, stays in context if not stays)}; all others {min(others):.2f} to {max(others):.2f}, chance 0.50)"
     weights, plain = (of("nlp_arms", arm=arm, lr=2e-3) for arm in ("weights", "baseline"))
-    lax = lambda runs: " ".join(str(run["plateau_length_other_rules"]["0.9"] or "-") for run in runs)
     end = lambda runs: show(run["loss"][-1] for run in runs)
     yield f"({lax(weights)} against {lax(plain)})"
     yield f"({end(weights)} against {end(plain)})"
@@ -1653,7 +1655,6 @@ def facts():
     yield ", ".join(f"{sum(worse)} of {len(worse)} after {switch:,} steps" for switch, worse in ends.items())
     of_1000 = {lr: [run for run in warm if (run["switch"], run["lr"]) == (1000, lr)] for lr in (5e-4, 1e-3)}
     plain = {lr: of("warmup_long", arm="baseline", lr=lr) for lr in of_1000}
-    leave = lambda runs: sum(not run["censored"] for run in runs)
     assert leave(run for run in warm if run["switch"] == 250) == 0
     yield f"at 1e-3 {leave(of_1000[1e-3])} of 5 leave after 1,000 steps of it and {leave(plain[1e-3])} of 5 baselines"
     yield f"({lengths(of_1000[5e-4], 'plateau_after_switch')} against {lengths(plain[5e-4])})"
@@ -1668,7 +1669,6 @@ def facts():
     yield f"within 250 steps from 0.85 to between {early[0]:.2f} and {early[-1]:.2f}"
     runs = of("mixture_long")
     mixed, plain, foreign = ([run for run in runs if run["arm"] == arm] for arm in ("50% easy", "baseline", "50% unrelated"))
-    leave = lambda runs, lr=None: sum(not run["censored"] for run in runs if lr in (None, run["lr"]))
     assert [leave(mixed, lr) for lr in totals] == [5, 5, 5] and leave(plain, 2e-3) == 0
     yield f"of the baselines {leave(plain, 5e-4)} of 5 at 5e-4, {leave(plain, 1e-3)} of 5 at 1e-3 and none at 2e-3"
     early = sorted(change(run, "weights_score", run["probe_steps"].index(480)) for run in mixed)
@@ -1678,11 +1678,9 @@ def facts():
     fell = sum(probes.score_change(run) < 0 for run in plain)
     yield f"above its start in {above} of {len(mixed)} mixed runs, and below in {fell} of {len(plain)} baselines"
     yield f"{leave(foreign)} of {len(foreign)} runs leaves ({leave(plain)} of {len(plain)} baselines)"
-    lax = lambda runs, lr: [run["plateau_length_other_rules"]["0.9"] for run in runs if run["lr"] == lr]
-    steps = lambda values: " ".join("-" if value is None else f"{value:,}" for value in values)
-    yield f"at 5e-4 they end at {steps(lax(foreign, 5e-4))}, the baselines at {steps(lax(plain, 5e-4))}, the runs mixed with the easy"
-    yield f"task at {steps(lax(mixed, 5e-4))}; at 1e-3 at {steps(lax(foreign, 1e-3))}, {steps(lax(plain, 1e-3))} and"
-    yield f"and {steps(lax(mixed, 1e-3))}."
+    ends = {lr: [lax(of("mixture_long", arm=arm, lr=lr)) for arm in ("50% unrelated", "baseline", "50% easy")] for lr in totals}
+    yield "at 5e-4 they end at {}, the baselines at {}, the runs mixed with the easy task at {};".format(*ends[5e-4])
+    yield "at 1e-3 at {}, {} and {}.".format(*ends[1e-3])
     of_context = [run["context_score"][-1][-1] for run in of("context") if run["arm"] != "baseline"]
     yield f"(its context score ends at {min(of_context):.2f} to {max(of_context):.2f}, chance 0.33); at weight 1"
     yield "at weight 1 {} of 5 leave, at 10 {}, without it {} (".format(
