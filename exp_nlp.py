@@ -101,6 +101,8 @@ def runs_of(args: argparse.Namespace) -> list[dict]:
 def train(args: argparse.Namespace, runs: list[dict], checkpoint: str) -> dict:
     device, args.precision = pick_device(args.device, args.precision)
     world = texts(args, device)
+    if world.n_asked == 1 and "context" in args.arm:
+        raise UsageError("--ask: with one asked attribute the context loss has nothing to read; ask two or leave that arm out")
     about = {"attributes": dict(zip([world.names[f] for f in world.varying], world.value_sizes)), "bag_of_words": bag_of_words(world)}
     column = lambda key: [run[key] for run in runs]
     only = lambda arm, value: torch.tensor([value if run["arm"] == arm else 0 for run in runs], device=device)

@@ -250,8 +250,6 @@ class Record:
         self.references = [known[key] for key in zip(seed.tolist(), difficulty)]
         if min(level["no_context_loss"] for level in self.references) < 1e-6:
             raise UsageError("--difficulty 1 with one asked factor: nothing is left for the context; ask two factors (--ask) or raise it")
-        if world.n_label and world.n_asked == 1 and any("context" in run["arm"] for run in runs):
-            raise UsageError("--ask: with one asked factor the context loss has nothing to read; ask two or leave that arm out")
         numbers = HELD_OUT + torch.arange(sequences, device=device).expand(len(runs), -1)
         self.held_out = world.sample(seed, mappings(difficulty, device), numbers, args.pairs, held_out=True)
         self.free = [level["no_context_loss"] for level in self.references]  # (run)
@@ -697,7 +695,8 @@ def draw_arms(metrics: dict, title: str, target: bool = True):
     rates, last = metrics["args"]["lr"], metrics["runs"][-1]
     m, size, block = last["difficulty"], last.get("size"), last["headline_block"]
     here = [run for run in metrics["runs"] if (run["difficulty"], run.get("size")) == (m, size)]
-    best = {r["arm"]: r["lr"] for r in metrics["summary"] if r["best_lr"] and (r["difficulty"], r["size"]) == (m, size)}
+    at_best = [run for run in at_best_rate(metrics) if run.get("size") == size]
+    best = {run["arm"]: run["lr"] for run in at_best if run["difficulty"] == m}
     others, colours = itertools.cycle([*plt.cm.tab10.colors[3:], *plt.cm.Set2.colors]), {}
     for arm in best:
         known = COLOURS.get(re.sub(r":[^+]*$", "", arm))  # weights:0.1 is weights
@@ -746,7 +745,6 @@ def draw_arms(metrics: dict, title: str, target: bool = True):
     if len(difficulties) == 1:
         against, places, of = "learning rate", sorted(rates), mine
     else:
-        at_best = [run for run in at_best_rate(metrics) if run.get("size") == size]
         against, places = "difficulty", difficulties
         of = lambda arm, difficulty: [run for run in at_best if (run["arm"], run["difficulty"]) == (arm, difficulty)]
     draw_groups(e, places, {arm: (colour, [of(arm, place) for place in places]) for arm, colour in colours.items()})
@@ -920,6 +918,8 @@ def check(args, scale: dict) -> None:
 
     Values given twice count once: n seeds are n different runs.
     """
+    if getattr(args, "embedding", None) not in (None, "code") and (args.code_width or args.code_gain):
+        raise UsageError(f"--code-width and --code-gain: have no meaning with --embedding {args.embedding}; leave them out")
     for name, value in scale.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -234,6 +234,7 @@ class Items:
         seen, label = batch.values[0][..., self.asked], batch.label[0]
         p = torch.cat([bayes(v, y, sizes, tables) for v, y in zip(seen.split(chunk), label.split(chunk))])
         one_by_one = pairwise(seen, label, sizes)
+        hits = (one_by_one.argmax(-1) == label).double()
         loss = lambda p: -p.gather(-1, label[..., None]).log().mean().item()
         return {
             "chance": prior.max(-1).values.mean().item(),
@@ -243,7 +244,8 @@ class Items:
             "bayes_accuracy": p.max(-1).values.mean().item(),
             "bayes_accuracy_by_position": p.max(-1).values.mean(0).tolist(),
             "pairwise_loss": loss(one_by_one),
-            "pairwise_accuracy": (one_by_one.argmax(-1) == label).double().mean().item(),
+            "pairwise_accuracy": hits.mean().item(),
+            "pairwise_accuracy_by_position": hits.mean(0).tolist(),
         }
 
 

@@ -1287,7 +1287,7 @@ COMMON = [
     ("--difficulty 1.5", "--difficulty"),
     ("--factors 4 4 4 4 5 1", "--factors"),
     ("--ask orientation", "--ask"),
-    ("--embedding nowhere.npz", "--embedding"),
+    ("--embedding pixels", "--code-width"),
     ("--n-head 3", "--n-head"),
     ("--seeds 0", "--seeds"),
     ("--device cuda:77", "--device"),
@@ -1381,6 +1381,10 @@ CASES += [("exp_nlp.py", f"{TRAIN} --pairs 4 {own('exp_nlp.py', flags)} {flags}"
 CASES += [(script, f"{TRAIN} --task linear --difficulty 2 {flags}", named) for flags, named in LINEAR
           for script in ("exp_plateau.py", "exp_aux_loss.py")]  # fmt: skip
 CASES += [("exp_aux_loss.py", f"{TRAIN} --task linear --difficulty 2 --loss none shuffled --batch 1", "--batch 1")]
+CASES += [
+    ("exp_plateau.py", f"{TRAIN} --pairs 4 --embedding nowhere.npz", "--embedding nowhere.npz"),
+    ("exp_aux_loss.py", f"{SMALL} --ask floor_hue --loss none context", "--ask"),
+]
 
 
 @pytest.mark.parametrize("script, flags, named", CASES)
@@ -1410,6 +1414,7 @@ def test_every_command_of_the_readme_runs(command, tmp_path, monkeypatch):
         (tmp_path / script).write_text((HERE / original).read_text())
         monkeypatch.syspath_prepend(tmp_path)
     small = f"{TRAIN} --pairs 9" if "--task linear" in flags else f"{TRAIN} --pairs 4" if script == "exp_nlp.py" else SMALL
+    small = small.replace("--code-width 8", "") if "--embedding" in flags else small
     small += f" {FEW_MEASURES}"
     if "--scale paper" in flags and "--difficulty" not in flags:
         small += " --difficulty 1 1000 inf"  # the Bayes levels of 20,000 mappings take seconds
