@@ -1632,7 +1632,8 @@ def facts():
     lost = [fall for fall in lost if fall > 0.05]
     yield f"the converged score falls by {min(lost):.2f} to {max(lost):.2f} in {len(lost)} of 10 runs"
     runs, asked = of("nlp_arms"), [list(asset("nlp_arms")["attributes"]).index(name) for name in ("tense", "sentiment")]
-    read = [[max(block[f] for block in run["weights_score_by_factor"][-1]) for f in asked] for run in runs]
+    reads = lambda run, probe: [max(block[f] for block in run["weights_score_by_factor"][probe]) for f in asked]
+    read = [reads(run, -1) for run in runs]
     left = [min(both) for both, run in zip(read, runs) if not run["censored"]]
     assert min(left) > 0.9
     stay = [sentiment < 0.6 for (_, sentiment), run in zip(read, runs) if run["censored"]]
@@ -1640,6 +1641,9 @@ def facts():
     yield f"all {len(left)} runs that leave read both, {sum(unread)} of the {len(stay)} that stay do not"
     yield f"in some block), {sum(unread)} of the {len(stay)} that stay do not"
     yield f"{sum(stay)} of the {len(stay)} that stay cannot read the sentiment at all"
+    early = [(min(reads(run, run["probe_steps"].index(800))) > 0.9, run["censored"]) for run in runs if probes.budgeted_length(run) > 800]
+    later, never = ([knows for knows, censored in early if censored == stays] for stays in (False, True))
+    yield f"at step 800 {sum(later)} of the {len(later)} runs that leave later read both, {sum(never)} of the {len(never)} that stay"
     mixed = [(min(both) > 0.9, not run["censored"]) for both, run in zip(read, runs) if run["arm"] == "mixture"]
     yield f"all {sum(a for a, _ in mixed)} mixed runs read both, and {sum(b for _, b in mixed)} leaves"
     best = lambda run, factor: max(block[factor] for block in run["weights_score_by_factor"][-1])
