@@ -62,8 +62,6 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     probes.check(args, SCALES[args.task, args.scale])
     args.pairs = args.pairs or 2 * int(max(args.difficulty)) + 1
-    if not all(0 <= weight < math.inf for weight in args.weight):
-        raise UsageError(f"--weight {args.weight}: must be numbers from 0 up")
     if args.task == "shapes" and len(args.ask) == 1 and any("context" in text for text in args.loss):
         raise UsageError("--ask: with one asked factor the context loss has nothing to read; ask two or leave that arm out")
     if args.task == "linear" and args.batch == 1 and any("shuffled" in text for text in args.loss):

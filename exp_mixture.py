@@ -103,8 +103,7 @@ def arms(args: argparse.Namespace) -> list[dict]:
 
 def plot(metrics: dict, path: Path) -> None:
     figure, f, colours = probes.draw_arms(metrics, "Mixed training")
-    args, last = metrics["args"], metrics["runs"][-1]
-    at_best = [run for run in probes.at_best_rate(metrics) if run["difficulty"] == last["difficulty"]]
+    args, at_best = metrics["args"], probes.at_best_rate(metrics, difficulty=metrics["runs"][-1]["difficulty"])
     sizes = list(dict.fromkeys(run["size"] for run in at_best))
     if len(sizes) > 1:
         here = lambda arm, size: [run for run in at_best if (run["arm"], run["size"]) == (arm, size)]

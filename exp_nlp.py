@@ -85,9 +85,6 @@ def arguments() -> argparse.Namespace:
         raise UsageError("--text wordselect: has no mappings; leave out --difficulty and the arms (--arm) warmup and mixture")
     if "warmup" in args.arm and not 0 <= args.switch < args.steps:
         raise UsageError(f"--switch {args.switch}: must lie inside the budget, 0 .. {args.steps - 1} (--steps)")
-    for name, weight in (("weight", args.weight), ("norm-weight", args.norm_weight)):
-        if not 0 <= weight < math.inf:
-            raise UsageError(f"--{name} {weight}: must be a number from 0 up")
     if 1 in args.difficulty and set(args.arm) & {"warmup", "mixture"}:
         raise UsageError("--difficulty 1: is what the arms (--arm) warmup and mixture start from; give a harder target or leave them out")
     return args
@@ -414,7 +411,7 @@ def reason_against(values: np.ndarray, test: np.ndarray, names: list[str], enoug
     size), and it may not tell more than half of what there is to know about another attribute.
     """
     sizes = values.max(0) + 1 if len(values) else [1]
-    if any(len(np.unique(column[part])) < size for part in (test, ~test) for column, size in zip(values.T, sizes)) or not len(values):
+    if any(len(np.unique(column[part])) < size for part in (test, ~test) for column, size in zip(values.T, sizes)):
         return "a value is missing in the training or the held-out part"
     weight = balance(values)
     left = 1 / (weight**2).sum() / len(values)
@@ -439,16 +436,15 @@ def mutual_information(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> floa
     """In nats, under the weights."""
     joint = np.zeros((a.max() + 1, b.max() + 1))
     np.add.at(joint, (a, b), weight / weight.sum())
-    seen = joint > 0
-    return float((joint * np.log(np.where(seen, joint, 1) / np.where(seen, np.outer(joint.sum(1), joint.sum(0)), 1))).sum())
+    entropy = lambda p: torch.special.entr(torch.from_numpy(p)).sum().item()
+    return entropy(joint.sum(0)) + entropy(joint.sum(1)) - entropy(joint)
 
 
 def bag_of_words(world: Items) -> dict[str, float]:
     """Held-out accuracy of the best linear reader of word counts, per attribute: what needs no order."""
     generator = torch.Generator().manual_seed(0)
     part = [world.draw(count, held_out, generator) for count, held_out in ((8192, False), (2048, True))]
-    count = lambda i: torch.zeros(1, len(i), world.n_word, device=i.device).scatter_add_(2, world.table[i][None], ones(i))
-    ones = lambda i: torch.ones(1, len(i), world.table.shape[1], device=i.device)
+    count = lambda i: torch.zeros(1, len(i), world.n_word, device=i.device).scatter_(2, world.table[i][None], 1.0, reduce="add")
     value = lambda i: world.values[i][:, world.varying]
     score = probes.converged_probe(count(part[0]), value(part[0]), count(part[1]), value(part[1]), world.value_sizes)
     return {world.names[f]: round(v, 4) for f, v in zip(world.varying, score[0].tolist())}
@@ -464,14 +460,13 @@ def plot(metrics: dict, path: Path) -> None:
     figure, f, colours = probes.draw_arms(metrics, title, target=not select)
     if select:  # the fall begins far above what no context allows: any word at all
         figure.axes[0].set_ylim(0, 1.05 * last["loss"][0])
-    at_best = [run for run in probes.at_best_rate(metrics) if run["difficulty"] == last["difficulty"]]
+    at_best = probes.at_best_rate(metrics, difficulty=last["difficulty"])
     block, names, place = last["headline_block"], list(metrics["attributes"]), np.arange(len(metrics["attributes"]))
     for i, (arm, colour) in enumerate(colours.items()):
         score = np.array([run["weights_score_by_factor"][-1][block] for run in at_best if run["arm"] == arm], float)  # (seed, attribute)
         f.plot(place + 0.7 * ((i + 0.5) / len(colours) - 0.5), score.T, "o", color=colour, ms=5, mfc="none")
-    for at, name in enumerate(names):
-        f.plot([at - 0.4, at + 0.4], [1 / metrics["attributes"][name]] * 2, color="black", ls="--", lw=1, label="chance" * (at == 0))
-        f.plot([at - 0.4, at + 0.4], [metrics["bag_of_words"][name]] * 2, color="black", lw=1, label="bag of words" * (at == 0))
+    f.hlines([1 / metrics["attributes"][name] for name in names], place - 0.4, place + 0.4, color="black", ls="--", lw=1, label="chance")
+    f.hlines([metrics["bag_of_words"][name] for name in names], place - 0.4, place + 0.4, color="black", lw=1, label="bag of words")
     f.set_xticks(place, names, rotation=20)
     f.legend(fontsize=8)
     f.set(title=f"(f) What block {block + 1} knows of a text at the end", ylabel="weights score by attribute", ylim=(0, 1.05))

@@ -119,7 +119,7 @@ def plot(metrics: dict, path: Path) -> None:
         max(metrics["args"]["switch"]), figure.axes[0].get_ylim()[1], " until here: warm-up (off scale)", va="top", fontsize=8
     )
     last, switches = metrics["runs"][-1]["difficulty"], sorted(metrics["args"]["switch"])
-    at_best = [run for run in probes.at_best_rate(metrics) if run["difficulty"] == last]
+    at_best = probes.at_best_rate(metrics, difficulty=last)
     here = lambda keep, switch: [run for run in at_best if run["switch"] == switch and (run["keep"] == keep or not switch)]
     groups = {f"keep {keep}": (colour, [here(keep, switch) for switch in switches])
               for keep, colour in zip(metrics["args"]["keep"], plt.cm.tab10.colors)}  # fmt: skip

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from tasks import UsageError
+from tasks import UsageError, cross_entropy
 
 
 @dataclass
@@ -126,8 +126,6 @@ class GPT(nn.Module):
 
     def __init__(self, config: Config, seeds: list[int]):
         super().__init__()
-        if config.d_model % config.n_head:
-            raise ValueError(f"n_head {config.n_head} must divide d_model {config.d_model}")
         runs, d = len(seeds), config.d_model
         self.config = config
         if config.n_word:
@@ -195,12 +193,11 @@ class Adam:
     lr (r,). eps, weight_decay (decoupled) and clip (gradient norm of one run, inf = off): a number, or one per run.
     """
 
-    def __init__(self, model: nn.Module, lr, eps=1e-8, weight_decay=0.0, clip=math.inf, betas=(0.9, 0.999)):
+    def __init__(self, model: nn.Module, lr, eps=1e-8, weight_decay=0.0, clip=math.inf):
         self.params = list(model.parameters())
         like = self.params[0]
         per_run = lambda v: torch.as_tensor(v, dtype=torch.float32).expand(like.shape[0]).to(like.device).view(-1, 1, 1)
         self.lr, self.eps, self.weight_decay, self.clip = map(per_run, (lr, eps, weight_decay, clip))
-        self.betas = betas
         self.clips = bool(torch.isfinite(self.clip).any())  # decided once: asking later would stall a GPU
         self.mean = [torch.zeros_like(p) for p in self.params]
         self.square = [torch.zeros_like(p) for p in self.params]
@@ -214,11 +211,10 @@ class Adam:
             for g in grads:
                 g.mul_((self.clip / norm).clamp(max=1.0))
         self.count += 1
-        beta1, beta2 = self.betas
-        steps, scales, keep = self.lr / (1 - beta1**self.count), 1 - beta2**self.count, 1 - self.lr * self.weight_decay
+        steps, scales, keep = self.lr / (1 - 0.9**self.count), 1 - 0.999**self.count, 1 - self.lr * self.weight_decay
         for p, g, mean, square, step, scale in zip(self.params, grads, self.mean, self.square, steps, scales):
-            mean.lerp_(g, 1 - beta1)
-            square.lerp_(g * g, 1 - beta2)
+            mean.lerp_(g, 0.1)
+            square.lerp_(g * g, 0.001)
             p.mul_(keep).sub_(step * mean / (square / scale).sqrt_().add_(self.eps))
             p.grad = None
 
@@ -378,8 +374,7 @@ def main() -> None:
         def step():
             with autocast(device, precision):
                 logits = model(x, y)
-            loss = F.cross_entropy(logits.float().flatten(0, 2), label.flatten(), reduction="none").view(runs, -1).mean(1)
-            loss.sum().backward()
+            cross_entropy(logits, label).mean((1, 2)).sum().backward()
             optimizer.step()
 
         with FlopCounterMode(display=False) as flops:

@@ -208,11 +208,6 @@ class Prober:
         return scores
 
 
-def headline_block(n_layer: int) -> int:
-    """Index of the block whose weights score is quoted: the paper's third of 12, or the nearest quarter."""
-    return max(1, round(n_layer / 4)) - 1
-
-
 # ---------------------------------------------------------------------------------------------- plateau length
 
 
@@ -258,12 +253,11 @@ class Record:
         else:
             self.fresh = world.sample(seed, mappings([math.inf] * len(runs), device), numbers, args.pairs, held_out=True)
         self.prober = Prober(world, seed, mappings(difficulty, device), args.pairs)
-        self.block = headline_block(model.config.n_layer)
+        self.block = max(1, round(model.config.n_layer / 4)) - 1  # whose score is quoted: the paper's third of 12, or the nearest quarter
         self.steps, self.loss, self.accuracy, self.probe_steps, self.scores = [], [], [], [], []
         self.loss_by_position = self.accuracy_by_position = self.fresh_accuracy = None
         self.path = Path(args.out) / checkpoint
         self.seconds = {"total": 0.0, "probing": 0.0}
-        self.warned: set[int] = set()
         self.mark = None
 
     def training_steps(self):
@@ -272,13 +266,10 @@ class Record:
         Ctrl-C and SIGTERM: the step is finished, a checkpoint saved, and the process ends with code 130 or 143; a second Ctrl-C ends it
         at once.
         """
-        if self.args.resume:
-            first = self.load_checkpoint(self.path)
-        else:
-            first = 0
-            if self.path.stem.endswith(("checkpoint", "-0")):  # the first program of this process
-                for old in earlier_files(self.path.parent):
-                    old.unlink(missing_ok=True)
+        first = self.load_checkpoint(self.path) if self.args.resume else 0
+        if not self.args.resume and self.path.stem.endswith(("checkpoint", "-0")):  # the first program of this process
+            for old in earlier_files(self.path.parent):
+                old.unlink(missing_ok=True)
         if not RANK:
             print(f"{len(self.runs)} runs x {self.budget} steps: {self.settings}", flush=True)
         CAUGHT.clear()
@@ -301,9 +292,8 @@ class Record:
             stop = step == self.budget
             if step in self.due and step not in self.steps and not CAUGHT:
                 self.measure(step)
-                line = self.line(first, time.perf_counter() - began)
                 if not RANK:
-                    print(line, flush=True)
+                    print(self.line(first, time.perf_counter() - began), flush=True)
                 stop = stop or (step > first and time.perf_counter() - BEGAN > 60 * self.args.max_minutes)
             if stop or CAUGHT or time.perf_counter() - saved > SAVE_SECONDS:
                 self.seconds["total"] = before + time.perf_counter() - began
@@ -323,6 +313,9 @@ class Record:
         loss = self.loss_by_position.mean(1)
         broken = ~loss.isfinite()  # a run that blew up has no accuracy and no score
         self.accuracy_by_position = self.accuracy_by_position.masked_fill(broken[:, None], math.nan)
+        for r in broken.nonzero()[:, 0].tolist():
+            if not self.loss or math.isfinite(self.loss[-1][r]):
+                print(f"warning: non-finite loss at step {step} in run {self.runs[r]}: its curve stops, the others go on")
         self.steps.append(step)
         self.loss.append(loss.tolist())
         self.accuracy.append(self.accuracy_by_position.mean(1).tolist())
@@ -339,11 +332,7 @@ class Record:
         """The newest evaluation: medians over seeds of loss, accuracy and weights score, speed, time left."""
         loss, accuracy = self.loss[-1], self.accuracy[-1]
         weights = [blocks[self.block] for blocks in self.scores[-1]["weights_score"]]
-        step = self.steps[-1]
-        for r in (r for r, value in enumerate(loss) if not math.isfinite(value) and r not in self.warned):
-            self.warned.add(r)
-            print(f"warning: non-finite loss at step {step} in run {self.runs[r]}: its curve stops, the others go on")
-        symbol = "m" if self.world.n_label else "d"
+        step, symbol = self.steps[-1], "m" if self.world.n_label else "d"
         arms = [" ".join([run["arm"]] * (run["arm"] != "baseline") + [f"{symbol}={run['difficulty']:.0f}"]) for run in self.runs]
         parts = []
         for arm in dict.fromkeys(arms):
@@ -364,37 +353,29 @@ class Record:
 
     def load_checkpoint(self, path: Path) -> int:
         """Restore everything; returns the step to go on from. UsageError if there is none or it is of other settings."""
-        damaged = UsageError(f"--resume: {path} is damaged or not of this script; start afresh with --overwrite")
+        if not path.exists():
+            raise UsageError(f"--resume: no checkpoint at {path}; use the same flags and processes, or start afresh with --overwrite")
         try:
             state = torch.load(path, map_location=self.held_out.x.device, weights_only=True)
-            then, step = dict(state["settings"]), int(state["step"])
-        except FileNotFoundError:
-            raise UsageError(
-                f"--resume: no checkpoint at {path}; use the same flags and processes, or start afresh with --overwrite"
-            ) from None
-        except (OSError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception:
-            raise damaged from None
-        other = [key for key in self.settings | then if self.settings.get(key) != then.get(key)]
-        if other:
-            named = lambda key: key if key in ("script", "processes") else f"--{key.replace('_', '-')}"
-            flags = ", ".join(f"{named(key)} (then {then.get(key)}, now {self.settings.get(key)})" for key in other)
-            raise UsageError(f"--resume: the checkpoint was made with other settings: {flags}; use the same flags or another --out")
-        if state.get("runs") != self.runs:
-            raise UsageError(
-                "--resume: the checkpoint holds other runs: the arms in the script have changed; start afresh with --overwrite"
-            )
-        if state.get("code") != script_hash() and not RANK:
-            print("note: the script has changed since its checkpoint was saved")
-        try:
+            then = state["settings"]
+            other = [key for key in self.settings | then if self.settings.get(key) != then.get(key)]
+            if other:
+                named = lambda key: key if key in ("script", "processes") else f"--{key.replace('_', '-')}"
+                flags = ", ".join(f"{named(key)} (then {then.get(key)}, now {self.settings.get(key)})" for key in other)
+                raise UsageError(f"--resume: the checkpoint was made with other settings: {flags}; use the same flags or another --out")
+            if state["runs"] != self.runs:
+                raise UsageError("--resume: the checkpoint holds other runs: the script's arms have changed; start afresh with --overwrite")
+            if state["code"] != script_hash() and not RANK:
+                print("note: the script has changed since its checkpoint was saved")
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             for key in self.kept:
                 setattr(self, key, state["record"][key])
-        except (KeyError, TypeError, ValueError, RuntimeError):
-            raise damaged from None
-        return step
+            return state["step"]
+        except (UsageError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # of a torn file torch makes an OSError or a RuntimeError
+            raise UsageError(f"--resume: {path} is damaged or not of this script; start afresh with --overwrite") from None
 
     def finished_runs(self) -> list[dict]:
         """The runs of metrics.json."""
@@ -408,10 +389,6 @@ class Record:
         out = []
         for r, (run, level, free, losses) in enumerate(zip(self.runs, self.references, self.free, loss)):
             length = plateau_length(self.steps, losses, ESCAPE * free)
-            if self.world.n_label:
-                complete = [(a or 0) >= COMPLETE * level["bayes_accuracy"] for a in accuracy[r]]
-            else:
-                complete = [value is not None and value < level["bayes_loss"] + 0.1 for value in losses]
             row = {
                 **run,
                 "difficulty": int(run["difficulty"]) if math.isfinite(run["difficulty"]) else "inf",
@@ -429,12 +406,14 @@ class Record:
                     "0.7": plateau_length(self.steps, losses, 0.7 * free),
                     "zucchet": plateau_length(self.steps, losses, 0.2 * (losses[0] or 0)),
                 },
-                "completion_step": next((step for step, done in zip(self.steps, complete) if done), None),
             }
             if self.world.n_label:
                 row["accuracy"], row["accuracy_by_position"] = accuracy[r], number(self.accuracy_by_position[r].tolist())
                 row["fresh_accuracy"] = number(self.fresh_accuracy[r].item())
+                enough = COMPLETE * level["bayes_accuracy"]
+                row["completion_step"] = next((step for step, a in zip(self.steps, accuracy[r]) if (a or 0) >= enough), None)
             else:  # at the last position, in squared error / d
+                row["completion_step"] = plateau_length(self.steps, losses, level["bayes_loss"] + 0.1)
                 row["gap_to_least_squares"] = number(self.loss_by_position[r, -1].item() - least_squares[run["seed"], run["difficulty"]])
             row["headline_block"] = self.block
             row["initial_weights_score"] = row["weights_score"][0][self.block]
@@ -489,13 +468,12 @@ def command(arguments, runs_of, train, plot, conclude=lambda metrics: {}) -> Non
     except (UsageError, OSError) as error:  # OSError: a folder that torch or the system keeps its own files in
         message = f"error: {error}"
     except (RuntimeError, MemoryError) as error:
-        words = str(error)
         if CAUGHT:  # Ctrl-C reached the compiler as well
             message, code = "interrupted", 128 + CAUGHT[0]
         elif out_of_memory(error):
             message = "error: out of memory; add --overwrite and --runs-per-program (several programs) or a smaller --batch"
         elif type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-            message = f"error: torch.compile failed ({words.splitlines()[0]}); add --overwrite and --no-compile"
+            message = f"error: torch.compile failed ({str(error).splitlines()[0]}); add --overwrite and --no-compile"
         else:
             raise
     except KeyboardInterrupt:
@@ -513,9 +491,9 @@ def train_programs(args, runs: list[dict], train) -> dict | None:
     train(args, runs, checkpoint name) trains one program and returns Record.metrics. Processes meet only at the end.
     """
     names = [tuple(str(run.get(key)) for key in ("arm", "difficulty", "lr", "seed", "size")) for run in runs]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UsageError(f"two runs are called {' '.join(twice[:4])} (arm, difficulty, lr, seed): give every arm a name of its own")
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UsageError(f"two runs are called {' '.join(twice[0][:4])} (arm, difficulty, lr, seed): give every arm a name of its own")
     mine = list(enumerate(runs))[RANK::PROCESSES]
     programs = []
     for _, group in itertools.groupby(mine, lambda pair: pair[1].get("size")):
@@ -552,7 +530,7 @@ def train_programs(args, runs: list[dict], train) -> dict | None:
     scores = [part["raw_embedding_score"] for part in parts for _ in part["runs"]]
     metrics["raw_embedding_score"] = None if None in scores else number(statistics.mean(scores), 4)
     metrics["summary"] = summarise(metrics["runs"]) if metrics["finished"] else []
-    metrics = {key: value for key, value in metrics.items() if key not in ("levels", "numbers")}
+    del metrics["levels"], metrics["numbers"]
     if not metrics["finished"]:
         save_json(Path(args.out) / "metrics.json", metrics)
         print("stopped before the end: the same command with --resume goes on, and then draws the figure")
@@ -563,7 +541,7 @@ def train_programs(args, runs: list[dict], train) -> dict | None:
 def jsonable(value):
     if isinstance(value, (list, tuple)):
         return [jsonable(v) for v in value]
-    return str(value) if isinstance(value, Path) or value in (math.inf, -math.inf) else value
+    return "inf" if value == math.inf else value
 
 
 def number(value, digits: int = 6):
@@ -573,7 +551,7 @@ def number(value, digits: int = 6):
     return round(value, digits) if value is not None and math.isfinite(value) else None
 
 
-def summarise(runs: list[dict], baseline: str = "baseline") -> list[dict]:
+def summarise(runs: list[dict]) -> list[dict]:
     """One row per arm, difficulty, learning rate and size: every plateau length, the median, and two paired differences by seed.
 
     Censored runs count as their budget, so a median equal to it means 'at least'. best_lr marks the rate with the shortest
@@ -585,7 +563,7 @@ def summarise(runs: list[dict], baseline: str = "baseline") -> list[dict]:
     groups = {group: [run for run in runs if key(run) == group] for group in dict.fromkeys(map(key, runs))}
     rows = []
     for group, mine in groups.items():
-        changes = [value if value is None else round(value, 4) for value in map(score_change, mine)]  # None: diverged
+        changes = number([*map(score_change, mine)], 4)  # None: diverged
         rows.append({
             "arm": group[0], "difficulty": group[1], "lr": group[2], "size": group[3], "n": len(mine),
             "plateau_length_median": median(list(map(budgeted_length, mine))),
@@ -593,19 +571,17 @@ def summarise(runs: list[dict], baseline: str = "baseline") -> list[dict]:
             "weights_score_change_median": median([value for value in changes if value is not None]), "weights_score_changes": changes,
             "final_loss_median": number(median([math.inf if run["loss"][-1] is None else run["loss"][-1] for run in mine])),
         })  # fmt: skip
-    best = {}
     for row in rows:
         rivals = [r for r in rows if all(r[k] == row[k] for k in ("arm", "difficulty", "size"))]
         rank = lambda r: (r["plateau_length_median"], math.inf if r["final_loss_median"] is None else r["final_loss_median"])
         row["best_lr"] = row is min(rivals, key=rank)
-        if row["best_lr"]:
-            best[row["arm"], row["difficulty"], row["size"]] = row["lr"]
-    for row in rows:
-        mine = groups[row["arm"], row["difficulty"], row["lr"], row["size"]]
-        own_best = best.get((baseline, row["difficulty"], row["size"])) if row["best_lr"] else None
+    best = {(row["difficulty"], row["size"]): row["lr"] for row in rows if row["best_lr"] and row["arm"] == "baseline"}
+    for row, mine in zip(rows, groups.values()):
+        own_best = best.get((row["difficulty"], row["size"])) if row["best_lr"] else None
         for name, lr in (("paired_differences", row["lr"]), ("paired_differences_best", own_best)):
-            other = {run["seed"]: run for run in groups.get((baseline, row["difficulty"], lr, row["size"]), []) if row["arm"] != baseline}
-            row[name] = [budgeted_length(run) - budgeted_length(other[run["seed"]]) for run in mine if run["seed"] in other]
+            baseline = groups.get(("baseline", row["difficulty"], lr, row["size"]), []) if row["arm"] != "baseline" else []
+            length = {run["seed"]: budgeted_length(run) for run in baseline}
+            row[name] = [budgeted_length(run) - length[run["seed"]] for run in mine if run["seed"] in length]
             row[f"{name}_median"] = median(row[name])
     return rows
 
@@ -615,29 +591,28 @@ def table(metrics: dict) -> str:
     rows, rates = metrics["summary"], metrics["args"]["lr"]
     steps = lambda values: " ".join("-" if v is None else f"{v:,}" for v in values)
     wide = lambda key: len({row[key] for row in rows}) > 1
+    alike = lambda row, arm: [r for r in rows if (r["arm"], r["difficulty"], r["size"]) == (arm, row["difficulty"], row["size"])]
     symbol, score = ("d", "read-out error") if metrics["args"].get("task") == "linear" else ("m", "weights score")
-    column = {"size": lambda row: row["size"]} if wide("size") else {}
-    column |= {symbol: lambda row: str(row["difficulty"])} if wide("difficulty") else {}
-    column |= {"arm": lambda row: row["arm"]} if wide("arm") else {}
-    column |= {
-        "best rate": lambda row: f"{row['lr']:g}",
-        "plateau length, every seed": lambda row: steps(row["plateau_lengths"]),
-        "median": lambda row: f"{row['plateau_length_median']:,.0f}",
-        "left": lambda row: f"{row['n'] - row['censored']} of {row['n']}",
-        f"{score}, end minus start": lambda row: " ".join("-" if v is None else f"{v:+.3f}" for v in row["weights_score_changes"]),
-    }
-    if wide("arm"):
-        alike = lambda row, arm: [r for r in rows if (r["arm"], r["difficulty"], r["size"]) == (arm, row["difficulty"], row["size"])]
-        best = lambda row: differences(row, "paired_differences_best", [r for r in alike(row, "baseline") if r["best_lr"]])
-        column["steps against the baseline, both at their best rate"] = lambda row: (
-            f"{best(row)} ({row['paired_differences_best_median']:+,.0f})" if row["paired_differences_best"] else ""
-        )
-        if len(rates) > 1:
-            names = "; ".join(f"{rate:g}" for rate in rates)
-            at_rate = lambda r: differences(r, "paired_differences", [b for b in alike(r, "baseline") if b["lr"] == r["lr"]])
-            column[f"both at {names}"] = lambda row: "; ".join(filter(None, map(at_rate, alike(row, row["arm"]))))
-    lines = [column, ["---"] * len(column), *[[cell(row) for cell in column.values()] for row in rows if row["best_lr"]]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = []
+    for row in [row for row in rows if row["best_lr"]]:
+        cells = {name: str(row[key]) for name, key in (("size", "size"), (symbol, "difficulty"), ("arm", "arm")) if wide(key)}
+        cells |= {
+            "best rate": f"{row['lr']:g}",
+            "plateau length, every seed": steps(row["plateau_lengths"]),
+            "median": f"{row['plateau_length_median']:,.0f}",
+            "left": f"{row['n'] - row['censored']} of {row['n']}",
+            f"{score}, end minus start": " ".join("-" if v is None else f"{v:+.3f}" for v in row["weights_score_changes"]),
+        }
+        if wide("arm"):
+            mine, baseline = alike(row, row["arm"]), alike(row, "baseline")
+            best = differences(row, "paired_differences_best", [b for b in baseline if b["best_lr"]])
+            best += f" ({row['paired_differences_best_median']:+,.0f})" if best else ""
+            cells["steps against the baseline, both at their best rate"] = best
+            if len(rates) > 1:
+                at_rate = [differences(r, "paired_differences", [b for b in baseline if b["lr"] == r["lr"]]) for r in mine]
+                cells[f"both at {'; '.join(f'{rate:g}' for rate in rates)}"] = "; ".join(filter(None, at_rate))
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], ["---"] * len(lines[0]), *[cells.values() for cells in lines]))
 
 
 def differences(row: dict, key: str, baseline: list[dict]) -> str:
@@ -650,7 +625,7 @@ def differences(row: dict, key: str, baseline: list[dict]) -> str:
 def curves(ax, groups: dict, x: str, y) -> None:
     """Draw the curves y(run) over run[x]: every seed a thin line, the median over seeds bold. groups: label -> (colour, runs)."""
     for label, (colour, runs) in groups.items():
-        stack = np.array([[math.nan if v is None else v for v in y(run)] for run in runs])
+        stack = np.array([y(run) for run in runs], float)  # None becomes NaN
         ax.plot(runs[0][x], stack.T, color=colour, lw=0.7, alpha=0.4)
         ax.plot(runs[0][x], np.median(stack, 0), color=colour, lw=2.2, label=label)
 
@@ -695,7 +670,7 @@ def draw_arms(metrics: dict, title: str, target: bool = True):
     rates, last = metrics["args"]["lr"], metrics["runs"][-1]
     m, size, block = last["difficulty"], last.get("size"), last["headline_block"]
     here = [run for run in metrics["runs"] if (run["difficulty"], run.get("size")) == (m, size)]
-    at_best = [run for run in at_best_rate(metrics) if run.get("size") == size]
+    at_best = at_best_rate(metrics, size=size)
     best = {run["arm"]: run["lr"] for run in at_best if run["difficulty"] == m}
     others, colours = itertools.cycle([*plt.cm.tab10.colors[3:], *plt.cm.Set2.colors]), {}
     for arm in best:
@@ -752,11 +727,11 @@ def draw_arms(metrics: dict, title: str, target: bool = True):
     return figure, f, colours
 
 
-def at_best_rate(metrics: dict) -> list[dict]:
-    """The runs at the best learning rate of their arm, difficulty and size."""
+def at_best_rate(metrics: dict, **only) -> list[dict]:
+    """The runs at the best learning rate of their arm, difficulty and size; only those with these values."""
     key = lambda row: (row["arm"], row["difficulty"], row["lr"], row.get("size"))
     best = {key(row) for row in metrics["summary"] if row["best_lr"]}
-    return [run for run in metrics["runs"] if key(run) in best]
+    return [run for run in metrics["runs"] if key(run) in best and all(run.get(k) == v for k, v in only.items())]
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float | None:
@@ -841,8 +816,8 @@ def prepare_out(args) -> None:
 
 def earlier_files(out: Path) -> list[Path]:
     """What an earlier training left, of this process; other processes of torchrun may be writing theirs already."""
-    own = ["checkpoint*.pt"] if PROCESSES == 1 else [f"checkpoint-{RANK}-*.pt"]
-    mine = [*own, *(f".{pattern}" for pattern in own), "checkpoint.pt"]  # with a dot: killed while saving
+    own = ["checkpoint.pt", f"checkpoint-{RANK if PROCESSES > 1 else '[0-9]*'}-[0-9]*.pt"]
+    mine = [*own, *(f".{pattern}.*.pt" for pattern in own)]  # with a dot: killed while saving
     return [path for pattern in mine + ([] if RANK else ["metrics.json", "figure.png"]) for path in out.glob(pattern)]
 
 
@@ -855,12 +830,17 @@ def read_metrics(out: Path) -> dict:
         raise UsageError(f"--replot: {out} holds the metrics of {metrics.get('script')}; give another --out")
     if not metrics.get("finished"):
         raise UsageError(f"--replot: the training in {out} is not finished; go on with --resume")
-    if not all(metrics.get(key) for key in ("args", "reference", "runs", "summary")):
-        raise UsageError(f"--replot: metrics.json in {out} is not what this script writes; train again")
     return metrics
 
 
-COUNTS = "seeds steps batch pairs n_layer n_head d_model evaluations probes code_width words vocabulary texts".split()
+ALLOWED = (  # flags, what every value of them must satisfy, the same in words
+    ("seeds steps batch pairs n_layer n_head d_model evaluations probes code_width words vocabulary texts",
+     lambda v: 1 <= v <= 10**8, "must be a whole number from 1 to 100,000,000"),
+    ("sequences runs_per_program", lambda v: 0 <= v <= 10**8, "must be a whole number from 0 to 100,000,000"),
+    ("lr code_gain", lambda v: 0 < v < math.inf, "must be a positive number"),
+    ("weight norm_weight noise", lambda v: 0 <= v <= 1e6, "must be a number from 0 to 1,000,000"),
+    ("max_minutes", lambda v: v >= 0, "must be a number from 0 up"),
+)  # fmt: skip
 
 
 def defaults(scales: dict) -> str:
@@ -918,7 +898,8 @@ def check(args, scale: dict) -> None:
 
     Values given twice count once: n seeds are n different runs.
     """
-    if getattr(args, "embedding", None) not in (None, "code") and (args.code_width or args.code_gain):
+    foreign = "unrelated" in getattr(args, "mix", ())  # that world is a code, of this gain
+    if getattr(args, "embedding", None) not in (None, "code") and (args.code_width or (args.code_gain and not foreign)):
         raise UsageError(f"--code-width and --code-gain: have no meaning with --embedding {args.embedding}; leave them out")
     for name, value in scale.items():
         if getattr(args, name) is None:
@@ -927,13 +908,9 @@ def check(args, scale: dict) -> None:
         flag, values = f"--{key.replace('_', '-')}", value if isinstance(value, list) else [value]
         if isinstance(value, list) and key != "factors":
             setattr(args, key, sorted(set(value)) if key == "difficulty" else list(dict.fromkeys(value)))  # figures draw the last
-        whole = [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
-        if key in COUNTS and whole and min(whole) < 1:
-            raise UsageError(f"{flag} {min(whole)}: must be at least 1")
-        if whole and max(whole) > 10**8:
-            raise UsageError(f"{flag} {max(whole)}: is too large; give at most {10**8:,}")
-        if key in ("lr", "code_gain") and value is not None and not all(0 < v < math.inf for v in values):
-            raise UsageError(f"{flag} {value}: must be a positive number")
+        for keys, fine, words in ALLOWED:
+            if key in keys.split() and value is not None and not all(map(fine, values)):
+                raise UsageError(f"{flag} {' '.join(map(str, values))}: {words}")
         whole_rows = lambda f: "mixture" not in getattr(args, "arm", ["mixture"]) or math.isclose(f * args.batch, round(f * args.batch))
         if key == "fraction" and not all(0 <= f <= 1 and whole_rows(f) for f in values):
             raise UsageError(f"{flag} {value}: must lie in 0 .. 1 and make a whole number of the {args.batch} sequences of a --batch")
@@ -941,23 +918,14 @@ def check(args, scale: dict) -> None:
             raise UsageError(f"--n-head {args.n_head}: must divide --d-model {value}")
     if not args.out.strip():
         raise UsageError("--out: names no folder; give one, as in --out out/mine")
-    if not args.max_minutes >= 0:
-        raise UsageError(f"--max-minutes {args.max_minutes}: must be a number from 0 up")
     if args.resume and args.overwrite:
         raise UsageError("--overwrite: starts afresh, --resume goes on; give one of them")
-    if args.runs_per_program < 0:
-        raise UsageError(f"--runs-per-program {args.runs_per_program}: must be at least 1, or 0 for all")
-    if getattr(args, "task", None) == "linear":
-        if max(args.difficulty) > 256:
-            raise UsageError(
-                f"--difficulty {max(args.difficulty):g}: with --task linear it is a dimension; give whole numbers from 1 to 256"
-            )
-        if not 0 <= args.noise <= 1e6:
-            raise UsageError(f"--noise {args.noise}: must be a number from 0 to 1e6")
+    if getattr(args, "task", None) == "linear" and max(args.difficulty) > 256:
+        raise UsageError(f"--difficulty {max(args.difficulty):g}: with --task linear it is a dimension; give whole numbers from 1 to 256")
     unused = {"linear": ("embedding", "code_width", "code_gain", "factors", "ask"), "shapes": ("noise",)}
     for key in unused.get(getattr(args, "task", None), ()):
         if getattr(args, key) is not None:
             raise UsageError(f"--{key.replace('_', '-')}: has no meaning with --task {args.task}; leave it out")
     sequences = getattr(args, "sequences", 0)
-    if 0 < sequences < args.batch or sequences < 0:
+    if 0 < sequences < args.batch:
         raise UsageError(f"--sequences {sequences}: must be 0 (always fresh) or at least --batch {args.batch}")

@@ -428,8 +428,7 @@ def cast_round(o, d, centre, radius, dims):
 
 
 def cast_sphere(o, d, s):
-    t, normal, _ = cast_round(o, d, np.zeros(3), s, 3)
-    return np.where(np.isnan(t), np.inf, t), normal
+    return cast_round(o, d, np.zeros(3), s, 3)[:2]
 
 
 def cast_cylinder(o, d, s):
@@ -450,16 +449,14 @@ def cast_capsule(o, d, s):
     return nearest(t, normal, np.stack([np.abs(point[0, ..., 2]) < half, ~np.isnan(t[1]), ~np.isnan(t[2])]))
 
 
-def hue_colours() -> np.ndarray:
-    """RGB (10, 3) of ten saturated hues around the circle."""
-    phase = (np.arange(10)[:, None] / 10 * 6 + np.array([0, 4, 2])) % 6
-    return np.clip(np.abs(phase - 3) - 1, 0, 1).astype(np.float32)
+PHASE = (np.arange(10)[:, None] / 10 * 6 + np.array([0, 4, 2])) % 6
+HUES = np.clip(np.abs(PHASE - 3) - 1, 0, 1).astype(np.float32)  # RGB (10, 3) of ten saturated hues around the circle
 
 
 def image(values: np.ndarray, masks: np.ndarray) -> np.ndarray:
     """Images (..., 3, 16, 16) in 0 .. 1 of full-size factor values (..., 6); masks from render()."""
     geometry = (values[..., 3] * SIZES[4] + values[..., 4]) * SIZES[5] + values[..., 5]
-    return np.einsum("...syx,...sc->...cyx", masks[geometry], hue_colours()[values[..., :3]])
+    return np.einsum("...syx,...sc->...cyx", masks[geometry], HUES[values[..., :3]])
 
 
 def code(values: np.ndarray, sizes: tuple[int, ...], width: int, gain: float, seed: int = 0) -> np.ndarray:

@@ -1086,7 +1086,7 @@ def test_a_result_is_overwritten_on_demand_only_and_the_same_command_gives_the_s
     empty = start + ', "args": {"lr": [1]}, "reference": {"2": 1}, "runs": [{}], "summary": [{}]}'
     for text in ("", "[]", start + "}", first.replace('"runs"', '"ruins"'), empty, re.sub(r'"args": {[^}]*}', '"args": [1]', first)):
         (tmp_path / "metrics.json").write_text(text)
-        said = run(f"exp_plateau.py --replot --out {tmp_path}", expect=2).stderr.splitlines()
+        said = run(f"exp_plateau.py --replot --out {tmp_path}", expect=2, figure=True).stderr.splitlines()
         assert len(said) == 1 and "--replot" in said[0]
 
 
