@@ -1054,7 +1054,7 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(tmp_path):
     run(f"{flags} --max-minutes 0")
     path = tmp_path / "checkpoint.pt"
     whole, state = path.read_bytes(), torch.load(path, weights_only=True)
-    damaged = {"empty": b"", "torn": whole[: len(whole) // 2], "text": b"no checkpoint"}
+    damaged = {"empty": b"", "torn": whole[: len(whole) // 2], "scrap": whole[: len(whole) // 4], "text": b"no checkpoint"}
     parts = {"foreign": {"model": 1}, "a list": [1, 2], "half": state | {"record": {}}, "other": state | {"model": {}}, "code": Path()}
     for name, content in parts.items():
         torch.save(content, tmp_path / "x")
@@ -1073,6 +1073,7 @@ def test_a_result_is_overwritten_on_demand_only_and_the_same_command_gives_the_s
     (tmp_path / "figure.png").touch()  # the user's own
     assert "figure.png" in run(flags, expect=2).stderr
     (tmp_path / "figure.png").unlink()
+    (tmp_path / "checkpoint_mine.pt").touch()  # as well, and no hindrance
     run(flags)
     first = (tmp_path / "metrics.json").read_text()
     assert "--overwrite" in run(flags, expect=2).stderr
@@ -1081,7 +1082,7 @@ def test_a_result_is_overwritten_on_demand_only_and_the_same_command_gives_the_s
     run(f"{flags} --overwrite")
     again = (tmp_path / "metrics.json").read_text()
     without = lambda text: re.sub(r'"overwrite": (true|false)|"environment": {[^}]*}', "", text)
-    assert without(again) == without(first) != first
+    assert without(again) == without(first) != first and (tmp_path / "checkpoint_mine.pt").exists()
     start = '{"script": "exp_plateau.py", "finished": true'
     empty = start + ', "args": {"lr": [1]}, "reference": {"2": 1}, "runs": [{}], "summary": [{}]}'
     for text in ("", "[]", start + "}", first.replace('"runs"', '"ruins"'), empty, re.sub(r'"args": {[^}]*}', '"args": [1]', first)):
