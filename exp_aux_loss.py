@@ -82,6 +82,8 @@ def parse_arm(text: str) -> str:
             raise argparse.ArgumentTypeError(f"{part!r}: the weight must be a number from 0 up (clip and epsilon: above 0)")
         if name == "none" and text != "none":
             raise argparse.ArgumentTypeError(f"{text!r}: none takes no weight and no second loss")
+        if [other.partition(":")[0] for other in text.split("+")].count(name) > 1:
+            raise argparse.ArgumentTypeError(f"{text!r}: names {name} twice")
     return text
 
 

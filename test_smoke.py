@@ -1324,6 +1324,7 @@ OWN = [
     ("exp_aux_loss.py", "--loss epsilon:0", "--loss"),
     ("exp_aux_loss.py", "--loss none:5", "--loss"),
     ("exp_aux_loss.py", "--loss magic", "--loss"),
+    ("exp_aux_loss.py", "--loss weights:0.1+weights:1", "--loss"),
 ]
 OWN += [(script, "--seeds 0", "--seeds") for script in ("exp_warmup.py", "exp_mixture.py", "exp_aux_loss.py")]
 FILES = {
