@@ -1713,10 +1713,19 @@ def facts():
     above = sum(probes.score_change(run) > 0 for run in mixed)
     fell = sum(probes.score_change(run) < 0 for run in plain)
     yield f"above its start in {above} of {len(mixed)} mixed runs, and below in {fell} of {len(plain)} baselines"
-    yield f"{leave(foreign)} of {len(foreign)} runs leaves ({leave(plain)} of {len(plain)} baselines)"
-    ends = {lr: [lax(of("mixture_long", arm=arm, lr=lr)) for arm in ("50% unrelated", "baseline", "50% easy")] for lr in totals}
-    yield "at 5e-4 they end at {}, the baselines at {}, the runs mixed with the easy task at {};".format(*ends[5e-4])
-    yield "at 1e-3 at {}, {} and {}.".format(*ends[1e-3])
+    yield f"the unrelated task {leave(foreign)} of {len(foreign)} runs leaves"
+    yield f"({leave(plain)} of {len(plain)} baselines leave)"
+    small = of("mixture_batch24")
+    yield f"{leave(small)} of its 15 runs leaves, of those mixed with the easy task all {leave(mixed)}"
+    yield f"of the baselines {leave(small)} of 15 with as much of the target task (batch 24), {leave(plain)} of 15 with twice as much"
+    past = lambda runs: sum(run["plateau_length_other_rules"]["0.9"] is not None for run in runs)
+    yield f"{past(foreign)} of 15 are below it, and {past(small)} of the 15 baselines with as much"
+    yield f"by a laxer line (0.9) {past(foreign)} of 15, of the baselines with as much of the target task (batch 24) {past(small)} of 15"
+    ends = [lax([run for run in runs if run["lr"] == lr]) for lr in (5e-4, 1e-3) for runs in (foreign, small)]
+    yield "(at 5e-4 at {} against {}, at 1e-3 at {} against {})".format(*ends)
+    yield "at {} and {}.".format(*[lax(run for run in mixed if run["lr"] == lr) for lr in (5e-4, 1e-3)])
+    fell = sorted(-probes.score_change(run) for run in small if run["lr"] == 5e-4 and run["censored"])
+    yield f"by {fell[0]:.3f} to {fell[-1]:.3f} in four of five seeds; the fifth leaves"
     of_context = [run["context_score"][-1][-1] for run in of("context") if run["arm"] != "baseline"]
     yield f"(its context score ends at {min(of_context):.2f} to {max(of_context):.2f}, chance 0.33); at weight 1"
     yield "at weight 1 {} of 5 leave, at 10 {}, without it {} (".format(
