@@ -1623,6 +1623,19 @@ def facts():
     yield f"in {neither['context:0.1']} of 15 pairs at equal rates neither run leaves, the others differ by " + "{}, {:+} and {:+}".format(
         *apart
     )
+    share, scores = {"weights:0.1": [], "norm:0.01": []}, []
+    for m, name in ((1, "aux_difficulties"), (8, "aux_difficulties"), ("inf", "aux_loss")):
+        best = [run for run in probes.at_best_rate(asset(name), difficulty=m) if run["arm"] in ("baseline", *share)]
+        length = {(run["arm"], run["seed"]): probes.budgeted_length(run) for run in best}
+        scores += [probes.score_change(run) for run in best if run["arm"] == "baseline"]
+        for arm in share:
+            gains = [1 - length[arm, seed] / length["baseline", seed] for seed in range(5)]
+            assert arm == "norm:0.01" or min(gains) > 0
+            share[arm].append(f"{np.median(gains):.0%}")
+    yield "it saves {}, {} and at least {} of the plateau (median".format(*share["weights:0.1"])
+    yield "it saves {}, {} and at least {} (median of the seeds".format(*share["weights:0.1"])
+    yield "the penalty {}, {} and {}.".format(*share["norm:0.01"])
+    yield f"the scores of the {len(scores)} change by {min(scores):+.3f} to {max(scores):+.3f}"
     sooner = [v for v in saved["shuffled:0.1"] if v]
     yield f"it is sooner in {len(sooner)} of 15 pairs, by {min(sooner)} to {max(sooner)} steps, and later in none"
     slow = [v for (run, _), v in zip(pairs["weights:0.1"], saved["weights:0.1"]) if run["lr"] == 5e-4]
