@@ -1687,6 +1687,23 @@ def facts():
         gaps.append(np.median([run["loss_by_position"][-1] - least(run) for run in runs]))
     yield "at d = 4 the median gap to least squares at the last position is {:.2f} without, {:.2f} with the weights loss".format(*gaps)
     yield f"{gaps[2]:.2f} with the penalty"
+    plain = {lr: of("linear_aux", arm="baseline", lr=lr) for lr in (1e-3, 2e-3)}
+    medians = [sum(r["plateau_length_median"] for r in asset("linear_aux")["summary"] if (r["arm"], r["lr"]) == ("baseline", lr)) for lr in plain]
+    yield "({:,.0f} steps against {:,.0f} at 2e-3)".format(*medians)
+    rises = sorted(map(probes.score_change, plain[1e-3]))
+    yield f"rises by {rises[0]:.3f} to {rises[-1]:.3f} in the {len(rises)} baselines"
+    most = [max(probes.score_change(run) for run in plain[2e-3] if run["difficulty"] == d) for d in (2, 4, 6)]
+    yield "at 2e-3 by up to {:.3f} at d = 2, {:.3f} at 4, {:.3f} at 6".format(*most)
+    yield f"and {leave(plain[2e-3])} of {len(rises)} leave instead of {leave(plain[1e-3])}."
+    assert max(error for run in plain[1e-3] + plain[2e-3] for error in run["weights_score_converged"][-1]) < 0.015
+    best = {(row["difficulty"], row["arm"]): row["paired_differences_best"] for row in asset("linear_aux")["summary"] if row["best_lr"]}
+    assert [sum(steps < 0 for steps in best[d, "weights:0.1"]) for d in (2, 4, 6)] == [4, 5, 0]
+    assert max(steps for d in (2, 4, 6) for steps in best[d, "norm:0.01"]) < 0
+    four = sorted(-steps for steps in best[4, "weights:0.1"])
+    yield f"at d = 4 in five of five seeds, by {four[0]} to {four[-1]} steps"
+    slow = {row["difficulty"]: row["paired_differences_median"] for row in asset("linear_aux")["summary"]
+            if (row["arm"], row["lr"]) == ("weights:0.1", 1e-3)}  # fmt: skip
+    yield f"(Both at 1e-3, the medians are {slow[2]:.0f} and {slow[4]:.0f}.)"
     runs = of("warmup_long")
     left, stayed = ([probes.score_change(run) for run in runs if run["censored"] == never] for never in (False, True))
     above, below = sum(value > 0 for value in left), sum(value < 0 for value in stayed)
