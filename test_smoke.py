@@ -1688,7 +1688,9 @@ def facts():
     yield "at d = 4 the median gap to least squares at the last position is {:.2f} without, {:.2f} with the weights loss".format(*gaps)
     yield f"{gaps[2]:.2f} with the penalty"
     plain = {lr: of("linear_aux", arm="baseline", lr=lr) for lr in (1e-3, 2e-3)}
-    medians = [sum(r["plateau_length_median"] for r in asset("linear_aux")["summary"] if (r["arm"], r["lr"]) == ("baseline", lr)) for lr in plain]
+    medians = [
+        sum(r["plateau_length_median"] for r in asset("linear_aux")["summary"] if (r["arm"], r["lr"]) == ("baseline", lr)) for lr in plain
+    ]
     yield "({:,.0f} steps against {:,.0f} at 2e-3)".format(*medians)
     rises = sorted(map(probes.score_change, plain[1e-3]))
     yield f"rises by {rises[0]:.3f} to {rises[-1]:.3f} in the {len(rises)} baselines"
