@@ -1498,7 +1498,12 @@ def facts():
     def falling(run):
         """The step at which the loss begins to fall: three evaluations in a row below 0.97 of the best loss without context."""
         below = [value < 0.97 * run["no_context_loss"] for value in run["loss"]]
-        return next(step for i, step in enumerate(run["steps"]) if below[i : i + 3] == [True] * 3)
+        return next((step for i, step in enumerate(run["steps"]) if below[i : i + 3] == [True] * 3), None)
+
+    def rising(run):
+        """The step from which the weights score is 0.015 above its start, at two probes in a row."""
+        above = [change(run, "weights_score", k) > 0.015 for k in range(len(run["probe_steps"]))]
+        return next((step for i, step in enumerate(run["probe_steps"]) if above[i : i + 2] == [True] * 2), None)
 
     lead = lambda run: change(run, "weights_score", sum(step <= falling(run) for step in run["probe_steps"]) - 1)
 
@@ -1671,6 +1676,28 @@ def facts():
     end = lambda runs: show(run["loss"][-1] for run in runs)
     yield f"({lax(weights)} against {lax(plain)})"
     yield f"({end(weights)} against {end(plain)})"
+    began = []
+    for arm in ("baseline", "weights:0.1", "norm:0.01"):
+        runs = of("timing", arm=arm)
+        leads = " ".join("-" if falling(run) is None else f"{lead(run):+.3f}" for run in runs)
+        cells = [steps(map(falling, runs)), steps(map(rising, runs)), leads, lengths(runs)]
+        yield f"| {arm} | {' | '.join(cells)} |"
+        began += [(arm, lead(run), falling(run), rising(run)) for run in runs if falling(run) is not None]
+    alone = [(rise, up and up - fall) for arm, rise, fall, up in began if arm != "weights:0.1"]
+    ahead = [rise for rise, _ in alone]
+    yield f"({min(ahead):+.3f} to {max(ahead):+.3f}) when the loss of baseline and penalty begins to fall"
+    yield f"it is up {min(late for _, late in alone if late)} steps later or not at all"
+    yield f"does the score move first, by {min(fall - up for arm, _, fall, up in began if arm == 'weights:0.1')} steps and more"
+    held = [
+        of("mixture_long", arm="baseline"), of("aux_loss", arm="norm:0.01"), of("aux_loss", arm="context:0.1"),
+        of("context", arm="context:1"), of("aux_loss", arm="shuffled:0.1"), of("mixture_long", arm="50% unrelated"),
+    ]  # fmt: skip
+    held = [run for runs in held for run in runs if not run["censored"]]
+    assert max(map(lead, held)) < 0.01 and min(map(probes.score_change, held)) > 0
+    yield f"Of the {len(held)} runs of this page"
+    helped = [[lead(run) > 0.01 for run in of(where[0], arm=where[1]) if not run["censored"]]
+              for where in (("aux_loss", "weights:0.1"), ("mixture_long", "50% easy"))]  # fmt: skip
+    yield "{} of {} with the weights loss and {} of {} mixed with the easy task".format(*[f(h) for h in helped for f in (sum, len)])
     yield f"{sum(core_minutes(path) for path in (HERE / 'assets').glob('*.json')) / 60:.0f} hours of one older CPU core"
     for row in re.findall(r"^\| .+assets/.+ \| \d+ \|$", README, re.M):
         minutes = sum(core_minutes(HERE / "assets" / f"{name}.json") for name in dict.fromkeys(re.findall(r"assets/(\w+).json", row)))
