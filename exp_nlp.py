@@ -437,7 +437,7 @@ def mutual_information(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> floa
     joint = np.zeros((a.max() + 1, b.max() + 1))
     np.add.at(joint, (a, b), weight / weight.sum())
     entropy = lambda p: torch.special.entr(torch.from_numpy(p)).sum().item()
-    return entropy(joint.sum(0)) + entropy(joint.sum(1)) - entropy(joint)
+    return max(0.0, entropy(joint.sum(0)) + entropy(joint.sum(1)) - entropy(joint))  # never -0.0 by rounding
 
 
 def bag_of_words(world: Items) -> dict[str, float]:

@@ -355,6 +355,8 @@ class Record:
         """Restore everything; returns the step to go on from. UsageError if there is none or it is of other settings."""
         if not path.exists():
             raise UsageError(f"--resume: no checkpoint at {path}; use the same flags and processes, or start afresh with --overwrite")
+        if not os.access(path, os.R_OK):
+            raise UsageError(f"--resume: {path} may not be read; change its permissions or choose another --out")
         try:
             state = torch.load(path, map_location=self.held_out.x.device, weights_only=True)
             then = state["settings"]

@@ -1500,9 +1500,9 @@ def facts():
         below = [value < 0.97 * run["no_context_loss"] for value in run["loss"]]
         return next((step for i, step in enumerate(run["steps"]) if below[i : i + 3] == [True] * 3), None)
 
-    def rising(run):
-        """The step from which the weights score is 0.015 above its start, at two probes in a row."""
-        above = [change(run, "weights_score", k) > 0.015 for k in range(len(run["probe_steps"]))]
+    def rising(run, enough=0.015, key="weights_score"):
+        """The step from which a score is that much above its start, at two probes in a row."""
+        above = [change(run, key, k) > enough for k in range(len(run["probe_steps"]))]
         return next((step for i, step in enumerate(run["probe_steps"]) if above[i : i + 2] == [True] * 2), None)
 
     lead = lambda run: change(run, "weights_score", sum(step <= falling(run) for step in run["probe_steps"]) - 1)
@@ -1533,7 +1533,7 @@ def facts():
             ranked += [rise * later < 0] * (abs(rise * later) > 1e-9)
     begun = [loss < 0.97 * run["no_context_loss"] for run in of("rates") if run["difficulty"] != 1 for loss in run["loss"][: 750 // 25 + 1]]
     assert of("rates")[0]["probe_steps"][3] == of("rates")[0]["steps"][30] == 750 and sum(begun) < 0.005 * len(begun)
-    yield f"at step 750, before any loss has fallen (m = 8, 64, inf), ranks {sum(ranked)} of {len(ranked)} pairs"
+    yield f"the one with the higher score has the shorter plateau in {sum(ranked)} of {len(ranked)} pairs"
     yield ", ".join(f"{total:,.0f} at {lr:g}" for lr, total in totals.items()) + " steps"
     yield ", ".join(f"{best[m]:g} (m = {m})" for m in (1, 8, 64, "inf"))
     falls = {lr: [-probes.score_change(run) for run in of("rates", difficulty="inf", lr=lr)] for lr in totals}
@@ -1605,6 +1605,7 @@ def facts():
     yield f"the loss is {show(run['loss'][run['steps'].index(3000)] for run in after)} at step 3,000"
     yield f"and {show(run['loss'][-1] for run in after)} at the end, with an accuracy of {show(run['accuracy'][-1] for run in after)}"
     yield f"(each pair by itself {level['pairwise_accuracy']:.2f}) and"
+    yield f"about that learner's accuracy ({show(run['accuracy'][-1] for run in after)}, its own {level['pairwise_accuracy']:.2f})"
     yield f"and a context score of {show(run['context_score'][-1][-1] for run in after)}"
     world = shapes((4, 4, 4, 4, 4, 1), FACTORS[:3], "code", 32, 2.5)
     levels = [world.references(run["seed"], math.inf, 12) for run in after]
@@ -1637,9 +1638,9 @@ def facts():
             gains = [1 - length[arm, seed] / length["baseline", seed] for seed in range(5)]
             assert arm == "norm:0.01" or min(gains) > 0
             share[arm].append(f"{np.median(gains):.0%}")
-    yield "it saves {}, {} and at least {} of the plateau (median".format(*share["weights:0.1"])
-    yield "it saves {}, {} and at least {} (median of the seeds".format(*share["weights:0.1"])
-    yield "the penalty {}, {} and {}.".format(*share["norm:0.01"])
+    yield "it saves {}, at least {} and at least {} of the plateau (median".format(*share["weights:0.1"])
+    yield "it saves {}, at least {} and at least {} (median of the seeds".format(*share["weights:0.1"])
+    yield "the penalty {}, at least {} and at least {}.".format(*share["norm:0.01"])
     yield f"the scores of the {len(scores)} change by {min(scores):+.3f} to {max(scores):+.3f}"
     sooner = [v for v in saved["shuffled:0.1"] if v]
     yield f"it is sooner in {len(sooner)} of 15 pairs, by {min(sooner)} to {max(sooner)} steps, and later in none"
@@ -1686,6 +1687,16 @@ def facts():
     alone = [(rise, up and up - fall) for arm, rise, fall, up in began if arm != "weights:0.1"]
     ahead = [rise for rise, _ in alone]
     yield f"({min(ahead):+.3f} to {max(ahead):+.3f}) when the loss of baseline and penalty begins to fall"
+    half = [
+        rising(run, 0.0075) and rising(run, 0.0075) - falling(run) for run in of("timing") if run["arm"] != "weights:0.1" and falling(run)
+    ]
+    after = [late for late in half if late and late > 0]
+    assert len(half) == 9 and half.count(None) == 1 and [late for late in half if late and late < 0] == [-100] and len(after) == 7
+    yield f"it is up {min(after)} to {max(after)} steps later in seven of the nine runs, 100 steps before in one, never in one"
+    trained, key = of("timing", arm="weights:0.1"), "weights_score_converged"
+    grown = [change(run, key, sum(step <= falling(run) for step in run["probe_steps"]) - 1) for run in trained]
+    yield f"it has changed by {min(grown):+.3f} to {max(grown):+.3f} when the loss begins to fall"
+    assert sum((rising(run, 0.01, key) or math.inf) < falling(run) for run in trained) == 1
     yield f"it is up {min(late for _, late in alone if late)} steps later or not at all"
     yield f"does the score move first, by {min(fall - up for arm, _, fall, up in began if arm == 'weights:0.1')} steps and more"
     held = [
@@ -1697,6 +1708,7 @@ def facts():
     yield f"Of the {len(held)} runs of this page"
     helped = [[lead(run) > 0.01 for run in of(where[0], arm=where[1]) if not run["censored"]]
               for where in (("aux_loss", "weights:0.1"), ("mixture_long", "50% easy"))]  # fmt: skip
+    yield f"in {sum(helped[1])} of {len(helped[1])} mixed runs the score is up by 0.01 or more"
     yield "{} of {} with the weights loss and {} of {} mixed with the easy task".format(*[f(h) for h in helped for f in (sum, len)])
     yield f"{sum(core_minutes(path) for path in (HERE / 'assets').glob('*.json')) / 60:.0f} hours of one older CPU core"
     for row in re.findall(r"^\| .+assets/.+ \| \d+ \|$", README, re.M):
