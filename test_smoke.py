@@ -1672,6 +1672,13 @@ def facts():
     context = [(run["context_score"][-1][-1], run["censored"]) for run in of("nlp_order_long")]
     others = [score for score, stays in context if stays]
     yield f"({show(score for score, stays in context if not stays)}; all others {min(others):.2f} to {max(others):.2f}, chance 0.50)"
+    named = lambda arm: " ".join(f"{np.mean(run['accuracy_by_position'][1:]):.0%}" for run in of("wordselect", arm=arm))
+    yield f"it names {named('baseline')} of the words"
+    yield f"and {named('weights')} are named"
+    best = {row["arm"]: row for row in asset("wordselect")["summary"]}
+    sooner = sorted(-steps for steps in best["weights"]["paired_differences"])
+    yield f"four of five seeds are sooner, by {sooner[1]} to {sooner[-1]} steps, one {-sooner[0]} later"
+    assert 5 - best["context"]["censored"] == 2
     weights, plain = of("nlp_arms", arm="weights", lr=2e-3), of("nlp_arms", arm="baseline", lr=1e-3)
     assert all(row["best_lr"] for row in asset("nlp_arms")["summary"] if (row["arm"], row["lr"]) in (("weights", 2e-3), ("baseline", 1e-3)))
     end = lambda runs: show(run["loss"][-1] for run in runs)
