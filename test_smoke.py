@@ -1672,6 +1672,12 @@ def facts():
     context = [(run["context_score"][-1][-1], run["censored"]) for run in of("nlp_order_long")]
     others = [score for score, stays in context if stays]
     yield f"({show(score for score, stays in context if not stays)}; all others {min(others):.2f} to {max(others):.2f}, chance 0.50)"
+    yield f"a grammar of {len({word for text in exp_nlp.grammar(3000)[0] for word in text})} words"
+    error = lambda score, readings: (score * (1 - score) / readings) ** 0.5
+    start = np.mean([run["initial_weights_score"] for run in of("plateau")])
+    yield f"1,020 held-out readings make a standard error of about {error(start, 1020):.3f}"
+    yield f"192 held-out sequences make a standard error of about {error(1 / 3, 192):.3f}"
+    yield f"The untrained network reads {start:.2f} already (the image vectors themselves {asset('plateau')['raw_embedding_score']:.2f})"
     named = lambda arm: " ".join(f"{np.mean(run['accuracy_by_position'][1:]):.0%}" for run in of("wordselect", arm=arm))
     yield f"it names {named('baseline')} of the words"
     yield f"and {named('weights')} are named"
