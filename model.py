@@ -188,7 +188,7 @@ class GPT(nn.Module):
 
 
 class Adam:
-    """Adam (Kingma & Ba 2015) with a learning rate per run; every parameter has the run axis first.
+    """Adam (Kingma & Ba 2015; its betas, 0.9 and 0.999) with a learning rate per run; every parameter has the run axis first.
 
     lr (r,). eps, weight_decay (decoupled) and clip (gradient norm of one run, inf = off): a number, or one per run.
     """
