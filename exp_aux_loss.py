@@ -70,6 +70,7 @@ def arguments() -> argparse.Namespace:
 
 
 def parse_arm(text: str) -> str:
+    names = []
     for part in text.split("+"):
         name, colon, weight = part.partition(":")
         if name not in LOSSES:
@@ -82,8 +83,9 @@ def parse_arm(text: str) -> str:
             raise argparse.ArgumentTypeError(f"{part!r}: the weight must be a number from 0 up (clip and epsilon: above 0)")
         if name == "none" and text != "none":
             raise argparse.ArgumentTypeError(f"{text!r}: none takes no weight and no second loss")
-        if [other.partition(":")[0] for other in text.split("+")].count(name) > 1:
+        if name in names:
             raise argparse.ArgumentTypeError(f"{text!r}: names {name} twice")
+        names.append(name)
     return text
 
 

@@ -449,8 +449,8 @@ def cast_capsule(o, d, s):
     return nearest(t, normal, np.stack([np.abs(point[0, ..., 2]) < half, ~np.isnan(t[1]), ~np.isnan(t[2])]))
 
 
-PHASE = (np.arange(10)[:, None] / 10 * 6 + np.array([0, 4, 2])) % 6
-HUES = np.clip(np.abs(PHASE - 3) - 1, 0, 1).astype(np.float32)  # RGB (10, 3) of ten saturated hues around the circle
+# RGB (10, 3) of ten saturated hues around the circle
+HUES = np.clip(np.abs((np.arange(10)[:, None] / 10 * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1).astype(np.float32)
 
 
 def image(values: np.ndarray, masks: np.ndarray) -> np.ndarray:
