@@ -238,7 +238,9 @@ class Adam:
 
 
 def pick_device(device: str, precision: str) -> tuple[torch.device, str]:
-    """--device and --precision, with auto resolved: a GPU if there is one; bf16 where the hardware multiplies it.
+    """--device and --precision, with auto resolved: a GPU if there is one; bf16 on a GPU that multiplies it, else fp32.
+
+    A CPU trains in fp32 unless told otherwise, so that a command gives the same experiment on every CPU.
 
     Raises UsageError, naming the flag, for a device that is not there.
     """
@@ -261,9 +263,7 @@ def pick_device(device: str, precision: str) -> tuple[torch.device, str]:
         many = ", or start no more processes than there are GPUs" * ("LOCAL_RANK" in os.environ)
         raise UsageError(f"--device {device}: not available here; use --device cpu{many}") from None
     if precision == "auto":
-        of_cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-        fast = torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else of_cpu()
-        precision = "bf16" if fast else "fp32"
+        precision = "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     return device, precision
 
 

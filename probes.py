@@ -889,7 +889,8 @@ def script_parser(file: str, about: str, scales: dict, images: bool = True):
     run.add_argument("--max-minutes", type=float, default=math.inf,
                      help="stop cleanly at the first evaluation after this; --resume continues")  # fmt: skip
     run.add_argument("--scale", choices=("laptop", "paper"), default="laptop", help="which set of defaults (any flag overrides)")
-    run.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of training; measures are always fp32")
+    run.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
+                     help="of training (auto: bf16 on a GPU, fp32 on a CPU); measures are always fp32")  # fmt: skip
     run.add_argument("--no-compile", action="store_true", help="train without torch.compile")
     run.add_argument("--runs-per-program", type=int, default=0, help="split what does not fit in memory; 0 = all runs in one program")
     return parser, experiment
