@@ -9,6 +9,9 @@ read-out finds all factor values of a held-out image in the hidden state of that
 Dysfunction = weights_score below its own value at initialisation. All measures are taken in fp32, all scores on held-out data.
 In regression the read-out returns the vector x itself and the score is its normalised squared error: 1 = nothing known, LOWER is
 better, dysfunction = above its own value at initialisation. A text has no identity variant: its words must meet by attention.
+
+The first third of the file is what is measured; the rest is plumbing that all scripts share: the record, panels, one command,
+files, flags.
 """
 
 from __future__ import annotations
@@ -208,12 +211,109 @@ class Prober:
         return scores
 
 
-# ---------------------------------------------------------------------------------------------- plateau length
+# ---------------------------------------------------------------------------------------------- plateau length and summary
 
 
 def plateau_length(steps: list[int], loss: list[float], level: float) -> int | None:
     """First step at which the held-out loss is below `level`; None = censored, never within the budget."""
     return next((step for step, value in zip(steps, loss) if value is not None and value < level), None)
+
+
+def budgeted_length(run: dict) -> int:
+    """Plateau length, or the budget for a censored run."""
+    return run["steps"][-1] if run["censored"] else run["plateau_length"]
+
+
+def score_change(run: dict) -> float | None:
+    """Weights score at the headline block, end minus start; None for a run that diverged."""
+    return None if run["final_weights_score"] is None else run["final_weights_score"] - run["initial_weights_score"]
+
+
+def rank_correlation(a: list[float], b: list[float]) -> float | None:
+    """Spearman's rho, ties averaged; None when one side is constant."""
+    ranks = lambda v: [sum(y < x for y in v) + (sum(y == x for y in v) - 1) / 2 for x in v]
+    try:
+        return round(statistics.correlation(ranks(a), ranks(b)), 3)
+    except statistics.StatisticsError:
+        return None
+
+
+def summarise(runs: list[dict]) -> list[dict]:
+    """One row per arm, difficulty, learning rate and size: every plateau length, the median, and two paired differences by seed.
+
+    Censored runs count as their budget, so a median equal to it means 'at least'. best_lr marks the rate with the shortest
+    median plateau of its arm and difficulty (ties: lowest final loss; chosen on the same seeds that are reported).
+    paired_differences: to the baseline at the same rate; ..._best: at its own best rate, given where the arm is at its best.
+    """
+    key = lambda run: (run["arm"], run["difficulty"], run["lr"], run.get("size"))
+    median = lambda values: statistics.median(values) if values else None
+    groups = {group: [run for run in runs if key(run) == group] for group in dict.fromkeys(map(key, runs))}
+    rows = []
+    for group, mine in groups.items():
+        changes = number([*map(score_change, mine)], 4)  # None: diverged
+        rows.append({
+            "arm": group[0], "difficulty": group[1], "lr": group[2], "size": group[3], "n": len(mine),
+            "plateau_length_median": median(list(map(budgeted_length, mine))),
+            "plateau_lengths": [run["plateau_length"] for run in mine], "censored": sum(run["censored"] for run in mine),
+            "weights_score_change_median": median([value for value in changes if value is not None]), "weights_score_changes": changes,
+            "final_loss_median": number(median([math.inf if run["loss"][-1] is None else run["loss"][-1] for run in mine])),
+        })  # fmt: skip
+    for row in rows:
+        rivals = [r for r in rows if all(r[k] == row[k] for k in ("arm", "difficulty", "size"))]
+        rank = lambda r: (r["plateau_length_median"], math.inf if r["final_loss_median"] is None else r["final_loss_median"])
+        row["best_lr"] = row is min(rivals, key=rank)
+    best = {(row["difficulty"], row["size"]): row["lr"] for row in rows if row["best_lr"] and row["arm"] == "baseline"}
+    for row, mine in zip(rows, groups.values()):
+        own_best = best.get((row["difficulty"], row["size"])) if row["best_lr"] else None
+        for name, lr in (("paired_differences", row["lr"]), ("paired_differences_best", own_best)):
+            baseline = groups.get(("baseline", row["difficulty"], lr, row["size"]), []) if row["arm"] != "baseline" else []
+            length = {run["seed"]: budgeted_length(run) for run in baseline}
+            row[name] = [budgeted_length(run) - length[run["seed"]] for run in mine if run["seed"] in length]
+            row[f"{name}_median"] = median(row[name])
+    return rows
+
+
+def at_best_rate(metrics: dict, **only) -> list[dict]:
+    """The runs at the best learning rate of their arm, difficulty and size; only those with these values."""
+    key = lambda row: (row["arm"], row["difficulty"], row["lr"], row.get("size"))
+    best = {key(row) for row in metrics["summary"] if row["best_lr"]}
+    return [run for run in metrics["runs"] if key(run) in best and all(run.get(k) == v for k, v in only.items())]
+
+
+def table(metrics: dict) -> str:
+    """The summary as a Markdown table (those of the README): a row per arm at its best rate, its differences at all rates last."""
+    rows, rates = metrics["summary"], metrics["args"]["lr"]
+    steps = lambda values: " ".join("-" if v is None else f"{v:,}" for v in values)
+    wide = lambda key: len({row[key] for row in rows}) > 1
+    alike = lambda row, arm: [r for r in rows if (r["arm"], r["difficulty"], r["size"]) == (arm, row["difficulty"], row["size"])]
+    symbol, score = ("d", "read-out error") if metrics["args"].get("task") == "linear" else ("m", "weights score")
+    lines = []
+    for row in [row for row in rows if row["best_lr"]]:
+        cells = {name: str(row[key]) for name, key in (("size", "size"), (symbol, "difficulty"), ("arm", "arm")) if wide(key)}
+        cells |= {
+            "best rate": f"{row['lr']:g}",
+            "plateau length, every seed": steps(row["plateau_lengths"]),
+            "median": f"{row['plateau_length_median']:,.0f}",
+            "left": f"{row['n'] - row['censored']} of {row['n']}",
+            f"{score}, end minus start": " ".join("-" if v is None else f"{v:+.3f}" for v in row["weights_score_changes"]),
+        }
+        if wide("arm"):
+            mine, baseline = alike(row, row["arm"]), alike(row, "baseline")
+            best = differences(row, "paired_differences_best", [b for b in baseline if b["best_lr"]])
+            best += f" ({row['paired_differences_best_median']:+,.0f})" if best else ""
+            cells["steps against the baseline, both at their best rate"] = best
+            if len(rates) > 1:
+                at_rate = [differences(r, "paired_differences", [b for b in baseline if b["lr"] == r["lr"]]) for r in mine]
+                cells[f"both at {'; '.join(f'{rate:g}' for rate in rates)}"] = "; ".join(filter(None, at_rate))
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], ["---"] * len(lines[0]), *[cells.values() for cells in lines]))
+
+
+def differences(row: dict, key: str, baseline: list[dict]) -> str:
+    """The paired differences of a row of the summary in print, a dot where neither run left the plateau; baseline: its row or none."""
+    lengths = zip(row["plateau_lengths"], baseline[0]["plateau_lengths"] if baseline else [])
+    shown = lambda value, own, other: "\u00b7" if own is other is None else f"{value:+,}" if value else "0"
+    return " ".join(shown(value, *pair) for value, pair in zip(row[key], lengths))
 
 
 # ---------------------------------------------------------------------------------------------- the record
@@ -439,6 +539,107 @@ class Record:
         }
 
 
+# ---------------------------------------------------------------------------------------------- panels
+
+
+def curves(ax, groups: dict, x: str, y) -> None:
+    """Draw the curves y(run) over run[x]: every seed a thin line, the median over seeds bold. groups: label -> (colour, runs)."""
+    for label, (colour, runs) in groups.items():
+        stack = np.array([y(run) for run in runs], float)  # None becomes NaN
+        ax.plot(runs[0][x], stack.T, color=colour, lw=0.7, alpha=0.4)
+        ax.plot(runs[0][x], np.median(stack, 0), color=colour, lw=2.2, label=label)
+
+
+def draw_lengths(ax, runs: list[dict], place: float, colour, width: float, flip: bool = False) -> None:
+    """Plateau length of every run side by side around x = place (flip: y), a hollow triangle = not in time; the bar is the median."""
+    for i, run in enumerate(runs):
+        at = place + width * ((i + 0.5) / len(runs) - 0.5), budgeted_length(run)
+        ax.plot(*(at[::-1] if flip else at), color=colour, ms=5, **(dict(marker="^", mfc="none") if run["censored"] else dict(marker="o")))
+    middle = statistics.median(map(budgeted_length, runs))
+    (ax.vlines if flip else ax.hlines)(middle, place - width / 2, place + width / 2, color=colour, lw=3)
+
+
+def draw_groups(ax, names: list, groups: dict) -> None:
+    """draw_lengths of several arms beside each other at every name. groups: label -> (colour, one list of runs per name)."""
+    for k, (label, (colour, lists)) in enumerate(groups.items()):
+        for place, runs in enumerate(lists):
+            if runs:
+                draw_lengths(ax, runs, place + 0.8 * ((k + 0.5) / len(groups) - 0.5), colour, 0.6 / len(groups))
+        ax.plot([], [], color=colour, lw=3, label=label)
+    ax.set_xticks(range(len(names)), [str(name).replace("inf", "\u221e") for name in names])
+    ax.set(ylabel="plateau length in steps (\u25b3: still on it)", ylim=(0, 1.04 * ax.get_ylim()[1]), xlim=(-0.5, len(names) - 0.5))
+
+
+def draw_arms(metrics: dict, title: str, target: bool = True):
+    """The five panels that every comparison of arms needs, for the hardest difficulty and the last size; a sixth is left to the script.
+
+    target: name the difficulty in the heading.
+
+    Returns figure, sixth axes, colour of each arm.
+    """
+    rates, last = metrics["args"]["lr"], metrics["runs"][-1]
+    m, size, block = last["difficulty"], last.get("size"), last["headline_block"]
+    here = [run for run in metrics["runs"] if (run["difficulty"], run.get("size")) == (m, size)]
+    at_best = at_best_rate(metrics, size=size)
+    best = {run["arm"]: run["lr"] for run in at_best if run["difficulty"] == m}
+    others, colours = itertools.cycle([*plt.cm.tab10.colors[3:], *plt.cm.Set2.colors]), {}
+    for arm in best:
+        known = COLOURS.get(re.sub(r":[^+]*$", "", arm))  # weights:0.1 is weights
+        colours[arm] = known if known and known not in colours.values() else next(others)
+    mine = lambda arm, lr: [run for run in here if (run["arm"], run["lr"]) == (arm, lr)]
+    label = lambda arm, lr: f"{arm} (lr {lr:g})" if len(rates) > 1 else arm
+    groups = {label(arm, lr): (colours[arm], mine(arm, lr)) for arm, lr in best.items()}
+    budget, level, score = last["steps"][-1], metrics["reference"][str(m)], lambda key: lambda run: [row[block] for row in run[key]]
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8.4), layout="constrained")
+    a, b, c, d, e, f = axes.flat
+    left = ", ".join(f"{arm} {sum(not run['censored'] for run in runs)} of {len(runs)}" for arm, (_, runs) in zip(best, groups.values()))
+    symbol = "d" if metrics["args"].get("task") == "linear" else "m"
+    heading = title + f"; target {symbol} = {m}".replace("inf", "\u221e") * target + f", {size}" * bool(size)
+    figure.suptitle(f"{heading}. Runs that left the plateau: {left}")
+
+    relative = lambda run: level["no_context_loss"] / run["no_context_loss"]  # runs differ a little in what zero knowledge gives
+    curves(a, groups, "steps", lambda run: [v and v * relative(run) for v in run["loss"]])
+    marks = {"no_context_loss": "best without context", "pairwise_loss": "each pair by itself", "bayes_loss": "exact Bayes"}
+    for value, text in [(level[key], text) for key, text in marks.items() if key in level]:
+        a.axhline(value, color="black", ls="--", lw=1)
+        a.text(budget, value, text, ha="right", va="bottom", **READABLE)
+    a.axhline(ESCAPE * level["no_context_loss"], color="black", ls=":", lw=1)
+    a.text(0.01 * budget, ESCAPE * level["no_context_loss"], "below: plateau is over", va="bottom", **READABLE)
+    a.set(title="(a) Target task, each arm at its best rate", xlabel="step", ylabel="held-out loss", xlim=0,
+          ylim=(0, 1.3 * level["no_context_loss"]))  # fmt: skip
+    a.legend(fontsize=7, loc="lower left")
+    curves(b, groups, "probe_steps", score("weights_score"))
+    b.axhline(np.median([run["initial_weights_score"] for run in here]), color="black", ls="--", lw=1)
+    error = "error" in metrics.get("weights_score_is", "")
+    b.set(title=f"(b) Weights component (block {block + 1}); dashed: at initialisation", xlabel="step", xlim=0,
+          ylabel="weights score: error, lower is better" if error else "weights score", yscale="log" if error else "linear")  # fmt: skip
+    curves(c, groups, "probe_steps", score("spread"))
+    c.set(title="(c) Spread of the states", xlabel="step", ylabel="spread", xlim=0, yscale="log")
+    c.yaxis.set_major_formatter("{x:g}")
+    c.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # 5, not 5 x 10^0
+    for place, (colour, runs) in enumerate(groups.values()):
+        draw_lengths(d, runs, place, colour, 0.5, flip=True)
+    d.set_yticks(range(len(groups)), list(groups))
+    d.invert_yaxis()
+    d.set(title="(d) Plateau length (\u25b3: still on it at the end; bar: median)", xlabel="steps", xlim=(0, 1.05 * budget))
+    difficulties = list(dict.fromkeys(run["difficulty"] for run in metrics["runs"]))
+    if len(difficulties) == len(rates) == 1:  # nothing to compare: what is there at all?
+        curves(e, groups, "probe_steps", score("weights_score_converged"))
+        e.set(title="(e) The same with a converged probe", xlabel="step", xlim=0, ylabel=b.get_ylabel())
+        return figure, f, colours
+    if len(difficulties) == 1:
+        against, places, of = "learning rate", sorted(rates), mine
+    else:
+        against, places = "difficulty", difficulties
+        of = lambda arm, difficulty: [run for run in at_best if (run["arm"], run["difficulty"]) == (arm, difficulty)]
+    draw_groups(e, places, {arm: (colour, [of(arm, place) for place in places]) for arm, colour in colours.items()})
+    e.set(title=f"(e) Plateau length against {against}", xlabel=against)
+    return figure, f, colours
+
+
+# ---------------------------------------------------------------------------------------------- one command
+
+
 def command(arguments, runs_of, train, plot, conclude=lambda metrics: {}) -> None:
     """What every script does: read the flags, train, write metrics.json, draw figure.png. An error is one line and exit code 2.
 
@@ -540,211 +741,6 @@ def train_programs(args, runs: list[dict], train) -> dict | None:
     return metrics
 
 
-def jsonable(value):
-    if isinstance(value, (list, tuple)):
-        return [jsonable(v) for v in value]
-    return "inf" if value == math.inf else value
-
-
-def number(value, digits: int = 6):
-    """A number, or nested lists of them, for JSON, which has no NaN: a run that diverged has null from there on."""
-    if isinstance(value, list):
-        return [number(v, digits) for v in value]
-    return round(value, digits) if value is not None and math.isfinite(value) else None
-
-
-def summarise(runs: list[dict]) -> list[dict]:
-    """One row per arm, difficulty, learning rate and size: every plateau length, the median, and two paired differences by seed.
-
-    Censored runs count as their budget, so a median equal to it means 'at least'. best_lr marks the rate with the shortest
-    median plateau of its arm and difficulty (ties: lowest final loss; chosen on the same seeds that are reported).
-    paired_differences: to the baseline at the same rate; ..._best: at its own best rate, given where the arm is at its best.
-    """
-    key = lambda run: (run["arm"], run["difficulty"], run["lr"], run.get("size"))
-    median = lambda values: statistics.median(values) if values else None
-    groups = {group: [run for run in runs if key(run) == group] for group in dict.fromkeys(map(key, runs))}
-    rows = []
-    for group, mine in groups.items():
-        changes = number([*map(score_change, mine)], 4)  # None: diverged
-        rows.append({
-            "arm": group[0], "difficulty": group[1], "lr": group[2], "size": group[3], "n": len(mine),
-            "plateau_length_median": median(list(map(budgeted_length, mine))),
-            "plateau_lengths": [run["plateau_length"] for run in mine], "censored": sum(run["censored"] for run in mine),
-            "weights_score_change_median": median([value for value in changes if value is not None]), "weights_score_changes": changes,
-            "final_loss_median": number(median([math.inf if run["loss"][-1] is None else run["loss"][-1] for run in mine])),
-        })  # fmt: skip
-    for row in rows:
-        rivals = [r for r in rows if all(r[k] == row[k] for k in ("arm", "difficulty", "size"))]
-        rank = lambda r: (r["plateau_length_median"], math.inf if r["final_loss_median"] is None else r["final_loss_median"])
-        row["best_lr"] = row is min(rivals, key=rank)
-    best = {(row["difficulty"], row["size"]): row["lr"] for row in rows if row["best_lr"] and row["arm"] == "baseline"}
-    for row, mine in zip(rows, groups.values()):
-        own_best = best.get((row["difficulty"], row["size"])) if row["best_lr"] else None
-        for name, lr in (("paired_differences", row["lr"]), ("paired_differences_best", own_best)):
-            baseline = groups.get(("baseline", row["difficulty"], lr, row["size"]), []) if row["arm"] != "baseline" else []
-            length = {run["seed"]: budgeted_length(run) for run in baseline}
-            row[name] = [budgeted_length(run) - length[run["seed"]] for run in mine if run["seed"] in length]
-            row[f"{name}_median"] = median(row[name])
-    return rows
-
-
-def table(metrics: dict) -> str:
-    """The summary as a Markdown table (those of the README): a row per arm at its best rate, its differences at all rates last."""
-    rows, rates = metrics["summary"], metrics["args"]["lr"]
-    steps = lambda values: " ".join("-" if v is None else f"{v:,}" for v in values)
-    wide = lambda key: len({row[key] for row in rows}) > 1
-    alike = lambda row, arm: [r for r in rows if (r["arm"], r["difficulty"], r["size"]) == (arm, row["difficulty"], row["size"])]
-    symbol, score = ("d", "read-out error") if metrics["args"].get("task") == "linear" else ("m", "weights score")
-    lines = []
-    for row in [row for row in rows if row["best_lr"]]:
-        cells = {name: str(row[key]) for name, key in (("size", "size"), (symbol, "difficulty"), ("arm", "arm")) if wide(key)}
-        cells |= {
-            "best rate": f"{row['lr']:g}",
-            "plateau length, every seed": steps(row["plateau_lengths"]),
-            "median": f"{row['plateau_length_median']:,.0f}",
-            "left": f"{row['n'] - row['censored']} of {row['n']}",
-            f"{score}, end minus start": " ".join("-" if v is None else f"{v:+.3f}" for v in row["weights_score_changes"]),
-        }
-        if wide("arm"):
-            mine, baseline = alike(row, row["arm"]), alike(row, "baseline")
-            best = differences(row, "paired_differences_best", [b for b in baseline if b["best_lr"]])
-            best += f" ({row['paired_differences_best_median']:+,.0f})" if best else ""
-            cells["steps against the baseline, both at their best rate"] = best
-            if len(rates) > 1:
-                at_rate = [differences(r, "paired_differences", [b for b in baseline if b["lr"] == r["lr"]]) for r in mine]
-                cells[f"both at {'; '.join(f'{rate:g}' for rate in rates)}"] = "; ".join(filter(None, at_rate))
-        lines.append(cells)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], ["---"] * len(lines[0]), *[cells.values() for cells in lines]))
-
-
-def differences(row: dict, key: str, baseline: list[dict]) -> str:
-    """The paired differences of a row of the summary in print, a dot where neither run left the plateau; baseline: its row or none."""
-    lengths = zip(row["plateau_lengths"], baseline[0]["plateau_lengths"] if baseline else [])
-    shown = lambda value, own, other: "\u00b7" if own is other is None else f"{value:+,}" if value else "0"
-    return " ".join(shown(value, *pair) for value, pair in zip(row[key], lengths))
-
-
-def curves(ax, groups: dict, x: str, y) -> None:
-    """Draw the curves y(run) over run[x]: every seed a thin line, the median over seeds bold. groups: label -> (colour, runs)."""
-    for label, (colour, runs) in groups.items():
-        stack = np.array([y(run) for run in runs], float)  # None becomes NaN
-        ax.plot(runs[0][x], stack.T, color=colour, lw=0.7, alpha=0.4)
-        ax.plot(runs[0][x], np.median(stack, 0), color=colour, lw=2.2, label=label)
-
-
-def budgeted_length(run: dict) -> int:
-    """Plateau length, or the budget for a censored run."""
-    return run["steps"][-1] if run["censored"] else run["plateau_length"]
-
-
-def draw_lengths(ax, runs: list[dict], place: float, colour, width: float, flip: bool = False) -> None:
-    """Plateau length of every run side by side around x = place (flip: y), a hollow triangle = not in time; the bar is the median."""
-    for i, run in enumerate(runs):
-        at = place + width * ((i + 0.5) / len(runs) - 0.5), budgeted_length(run)
-        ax.plot(*(at[::-1] if flip else at), color=colour, ms=5, **(dict(marker="^", mfc="none") if run["censored"] else dict(marker="o")))
-    middle = statistics.median(map(budgeted_length, runs))
-    (ax.vlines if flip else ax.hlines)(middle, place - width / 2, place + width / 2, color=colour, lw=3)
-
-
-def draw_groups(ax, names: list, groups: dict) -> None:
-    """draw_lengths of several arms beside each other at every name. groups: label -> (colour, one list of runs per name)."""
-    for k, (label, (colour, lists)) in enumerate(groups.items()):
-        for place, runs in enumerate(lists):
-            if runs:
-                draw_lengths(ax, runs, place + 0.8 * ((k + 0.5) / len(groups) - 0.5), colour, 0.6 / len(groups))
-        ax.plot([], [], color=colour, lw=3, label=label)
-    ax.set_xticks(range(len(names)), [str(name).replace("inf", "\u221e") for name in names])
-    ax.set(ylabel="plateau length in steps (\u25b3: still on it)", ylim=(0, 1.04 * ax.get_ylim()[1]), xlim=(-0.5, len(names) - 0.5))
-
-
-def score_change(run: dict) -> float | None:
-    """Weights score at the headline block, end minus start; None for a run that diverged."""
-    return None if run["final_weights_score"] is None else run["final_weights_score"] - run["initial_weights_score"]
-
-
-def draw_arms(metrics: dict, title: str, target: bool = True):
-    """The five panels that every comparison of arms needs, for the hardest difficulty and the last size; a sixth is left to the script.
-
-    target: name the difficulty in the heading.
-
-    Returns figure, sixth axes, colour of each arm.
-    """
-    rates, last = metrics["args"]["lr"], metrics["runs"][-1]
-    m, size, block = last["difficulty"], last.get("size"), last["headline_block"]
-    here = [run for run in metrics["runs"] if (run["difficulty"], run.get("size")) == (m, size)]
-    at_best = at_best_rate(metrics, size=size)
-    best = {run["arm"]: run["lr"] for run in at_best if run["difficulty"] == m}
-    others, colours = itertools.cycle([*plt.cm.tab10.colors[3:], *plt.cm.Set2.colors]), {}
-    for arm in best:
-        known = COLOURS.get(re.sub(r":[^+]*$", "", arm))  # weights:0.1 is weights
-        colours[arm] = known if known and known not in colours.values() else next(others)
-    mine = lambda arm, lr: [run for run in here if (run["arm"], run["lr"]) == (arm, lr)]
-    label = lambda arm, lr: f"{arm} (lr {lr:g})" if len(rates) > 1 else arm
-    groups = {label(arm, lr): (colours[arm], mine(arm, lr)) for arm, lr in best.items()}
-    budget, level, score = last["steps"][-1], metrics["reference"][str(m)], lambda key: lambda run: [row[block] for row in run[key]]
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8.4), layout="constrained")
-    a, b, c, d, e, f = axes.flat
-    left = ", ".join(f"{arm} {sum(not run['censored'] for run in runs)} of {len(runs)}" for arm, (_, runs) in zip(best, groups.values()))
-    symbol = "d" if metrics["args"].get("task") == "linear" else "m"
-    heading = title + f"; target {symbol} = {m}".replace("inf", "\u221e") * target + f", {size}" * bool(size)
-    figure.suptitle(f"{heading}. Runs that left the plateau: {left}")
-
-    relative = lambda run: level["no_context_loss"] / run["no_context_loss"]  # runs differ a little in what zero knowledge gives
-    curves(a, groups, "steps", lambda run: [v and v * relative(run) for v in run["loss"]])
-    marks = {"no_context_loss": "best without context", "pairwise_loss": "each pair by itself", "bayes_loss": "exact Bayes"}
-    for value, text in [(level[key], text) for key, text in marks.items() if key in level]:
-        a.axhline(value, color="black", ls="--", lw=1)
-        a.text(budget, value, text, ha="right", va="bottom", **READABLE)
-    a.axhline(ESCAPE * level["no_context_loss"], color="black", ls=":", lw=1)
-    a.text(0.01 * budget, ESCAPE * level["no_context_loss"], "below: plateau is over", va="bottom", **READABLE)
-    a.set(title="(a) Target task, each arm at its best rate", xlabel="step", ylabel="held-out loss", xlim=0,
-          ylim=(0, 1.3 * level["no_context_loss"]))  # fmt: skip
-    a.legend(fontsize=7, loc="lower left")
-    curves(b, groups, "probe_steps", score("weights_score"))
-    b.axhline(np.median([run["initial_weights_score"] for run in here]), color="black", ls="--", lw=1)
-    error = "error" in metrics.get("weights_score_is", "")
-    b.set(title=f"(b) Weights component (block {block + 1}); dashed: at initialisation", xlabel="step", xlim=0,
-          ylabel="weights score: error, lower is better" if error else "weights score", yscale="log" if error else "linear")  # fmt: skip
-    curves(c, groups, "probe_steps", score("spread"))
-    c.set(title="(c) Spread of the states", xlabel="step", ylabel="spread", xlim=0, yscale="log")
-    c.yaxis.set_major_formatter("{x:g}")
-    c.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # 5, not 5 x 10^0
-    for place, (colour, runs) in enumerate(groups.values()):
-        draw_lengths(d, runs, place, colour, 0.5, flip=True)
-    d.set_yticks(range(len(groups)), list(groups))
-    d.invert_yaxis()
-    d.set(title="(d) Plateau length (\u25b3: still on it at the end; bar: median)", xlabel="steps", xlim=(0, 1.05 * budget))
-    difficulties = list(dict.fromkeys(run["difficulty"] for run in metrics["runs"]))
-    if len(difficulties) == len(rates) == 1:  # nothing to compare: what is there at all?
-        curves(e, groups, "probe_steps", score("weights_score_converged"))
-        e.set(title="(e) The same with a converged probe", xlabel="step", xlim=0, ylabel=b.get_ylabel())
-        return figure, f, colours
-    if len(difficulties) == 1:
-        against, places, of = "learning rate", sorted(rates), mine
-    else:
-        against, places = "difficulty", difficulties
-        of = lambda arm, difficulty: [run for run in at_best if (run["arm"], run["difficulty"]) == (arm, difficulty)]
-    draw_groups(e, places, {arm: (colour, [of(arm, place) for place in places]) for arm, colour in colours.items()})
-    e.set(title=f"(e) Plateau length against {against}", xlabel=against)
-    return figure, f, colours
-
-
-def at_best_rate(metrics: dict, **only) -> list[dict]:
-    """The runs at the best learning rate of their arm, difficulty and size; only those with these values."""
-    key = lambda row: (row["arm"], row["difficulty"], row["lr"], row.get("size"))
-    best = {key(row) for row in metrics["summary"] if row["best_lr"]}
-    return [run for run in metrics["runs"] if key(run) in best and all(run.get(k) == v for k, v in only.items())]
-
-
-def rank_correlation(a: list[float], b: list[float]) -> float | None:
-    """Spearman's rho, ties averaged; None when one side is constant."""
-    ranks = lambda v: [sum(y < x for y in v) + (sum(y == x for y in v) - 1) / 2 for x in v]
-    try:
-        return round(statistics.correlation(ranks(a), ranks(b)), 3)
-    except statistics.StatisticsError:
-        return None
-
-
 def environment(device: torch.device, seconds: dict) -> dict:
     """Where and when the numbers come from."""
     here = Path(__file__).parent
@@ -766,11 +762,17 @@ def environment(device: torch.device, seconds: dict) -> dict:
     }
 
 
-def script_hash() -> str:
-    try:
-        return hashlib.sha256(Path(sys.argv[0]).read_bytes()).hexdigest()
-    except OSError:
-        return ""
+def jsonable(value):
+    if isinstance(value, (list, tuple)):
+        return [jsonable(v) for v in value]
+    return "inf" if value == math.inf else value
+
+
+def number(value, digits: int = 6):
+    """A number, or nested lists of them, for JSON, which has no NaN: a run that diverged has null from there on."""
+    if isinstance(value, list):
+        return [number(v, digits) for v in value]
+    return round(value, digits) if value is not None and math.isfinite(value) else None
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -778,28 +780,7 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
 
-def write_aside(path: Path, write) -> None:
-    """write(temporary path), then move it into place: a reader never sees half a file. UsageError if that cannot be done."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    try:
-        write(aside)
-        os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: what torch.save makes of a full disk
-        if isinstance(error, RuntimeError) and (out_of_memory(error) or str(error).startswith("CUDA")):
-            raise
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise UsageError(f"--out {path.parent}: {path.name} cannot be written ({reason}); make room or choose another folder") from None
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def save_figure(path: Path, figure) -> None:
-    write_aside(path, lambda aside: figure.savefig(aside, dpi=80))
-    plt.close(figure)
-
-
-def save_json(path: Path, content: dict) -> None:
-    write_aside(path, lambda aside: aside.write_text(json.dumps(content, allow_nan=False) + "\n"))
+# ---------------------------------------------------------------------------------------------- files
 
 
 def prepare_out(args) -> None:
@@ -823,6 +804,13 @@ def earlier_files(out: Path) -> list[Path]:
     return [path for pattern in mine + ([] if RANK else ["metrics.json", "figure.png"]) for path in out.glob(pattern)]
 
 
+def script_hash() -> str:
+    try:
+        return hashlib.sha256(Path(sys.argv[0]).read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
 def read_metrics(out: Path) -> dict:
     try:
         metrics = dict(json.loads((out / "metrics.json").read_text()))
@@ -835,25 +823,31 @@ def read_metrics(out: Path) -> dict:
     return metrics
 
 
-ALLOWED = (  # flags, what every value of them must satisfy, the same in words
-    ("seeds steps batch pairs n_layer n_head d_model evaluations probes code_width words vocabulary texts",
-     lambda v: 1 <= v <= 10**8, "must be a whole number from 1 to 100,000,000"),
-    ("sequences runs_per_program", lambda v: 0 <= v <= 10**8, "must be a whole number from 0 to 100,000,000"),
-    ("lr code_gain", lambda v: 0 < v < math.inf, "must be a positive number"),
-    ("weight norm_weight noise", lambda v: 0 <= v <= 1e6, "must be a number from 0 to 1,000,000"),
-    ("max_minutes", lambda v: v >= 0, "must be a number from 0 up"),
-)  # fmt: skip
+def save_json(path: Path, content: dict) -> None:
+    write_aside(path, lambda aside: aside.write_text(json.dumps(content, allow_nan=False) + "\n"))
 
 
-def defaults(scales: dict) -> str:
-    """For -h: what a scale (or task and scale) sets."""
-    spelt = lambda v: " ".join(f"{x:g}" if isinstance(x, float) else str(x) for x in (v if isinstance(v, (list, tuple)) else [v]))
-    lines = ["defaults:"]
-    for scale, values in scales.items():
-        name = scale if isinstance(scale, str) else "{1} (--task {0})".format(*scale)
-        lines += [f"  --scale {name}", *textwrap.wrap(" ".join(f"--{k.replace('_', '-')} {spelt(v)}" for k, v in values.items()), 120,
-                  initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)]  # fmt: skip
-    return "\n".join(lines)
+def save_figure(path: Path, figure) -> None:
+    write_aside(path, lambda aside: figure.savefig(aside, dpi=80))
+    plt.close(figure)
+
+
+def write_aside(path: Path, write) -> None:
+    """write(temporary path), then move it into place: a reader never sees half a file. UsageError if that cannot be done."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
+    try:
+        write(aside)
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: what torch.save makes of a full disk
+        if isinstance(error, RuntimeError) and (out_of_memory(error) or str(error).startswith("CUDA")):
+            raise
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise UsageError(f"--out {path.parent}: {path.name} cannot be written ({reason}); make room or choose another folder") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------- flags
 
 
 def script_parser(file: str, about: str, scales: dict, images: bool = True):
@@ -894,6 +888,27 @@ def script_parser(file: str, about: str, scales: dict, images: bool = True):
     run.add_argument("--no-compile", action="store_true", help="train without torch.compile")
     run.add_argument("--runs-per-program", type=int, default=0, help="split what does not fit in memory; 0 = all runs in one program")
     return parser, experiment
+
+
+def defaults(scales: dict) -> str:
+    """For -h: what a scale (or task and scale) sets."""
+    spelt = lambda v: " ".join(f"{x:g}" if isinstance(x, float) else str(x) for x in (v if isinstance(v, (list, tuple)) else [v]))
+    lines = ["defaults:"]
+    for scale, values in scales.items():
+        name = scale if isinstance(scale, str) else "{1} (--task {0})".format(*scale)
+        lines += [f"  --scale {name}", *textwrap.wrap(" ".join(f"--{k.replace('_', '-')} {spelt(v)}" for k, v in values.items()), 120,
+                  initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)]  # fmt: skip
+    return "\n".join(lines)
+
+
+ALLOWED = (  # flags, what every value of them must satisfy, the same in words
+    ("seeds steps batch pairs n_layer n_head d_model evaluations probes code_width words vocabulary texts",
+     lambda v: 1 <= v <= 10**8, "must be a whole number from 1 to 100,000,000"),
+    ("sequences runs_per_program", lambda v: 0 <= v <= 10**8, "must be a whole number from 0 to 100,000,000"),
+    ("lr code_gain", lambda v: 0 < v < math.inf, "must be a positive number"),
+    ("weight norm_weight noise", lambda v: 0 <= v <= 1e6, "must be a number from 0 to 1,000,000"),
+    ("max_minutes", lambda v: v >= 0, "must be a number from 0 up"),
+)  # fmt: skip
 
 
 def check(args, scale: dict) -> None:
