@@ -79,8 +79,8 @@ def parse_arm(text: str) -> str:
             value = float(weight) if colon else 1.0
         except ValueError:
             value = math.nan
-        if not 0 <= value < math.inf or (value == 0 and name in ("clip", "epsilon")):
-            raise argparse.ArgumentTypeError(f"{part!r}: the weight must be a number from 0 up (clip and epsilon: above 0)")
+        if not 0 <= value <= 1e6 or (value == 0 and name in ("clip", "epsilon")):
+            raise argparse.ArgumentTypeError(f"{part!r}: the weight must be a number from 0 to 1,000,000 (clip and epsilon: above 0)")
         if name == "none" and text != "none":
             raise argparse.ArgumentTypeError(f"{text!r}: none takes no weight and no second loss")
         if name in names:

@@ -309,6 +309,27 @@ def table(metrics: dict) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], ["---"] * len(lines[0]), *[cells.values() for cells in lines]))
 
 
+def verdicts(metrics: dict) -> str:
+    """In words, a line per arm and difficulty: in how many seeds it leaves the plateau sooner than the baseline, both at their best rate."""
+    lines, symbol = [], "d" if metrics["args"].get("task") == "linear" else "m"
+    for row in metrics["summary"]:
+        steps = row["paired_differences_best"]
+        sooner, later = sum(v < 0 for v in steps), sum(v > 0 for v in steps)
+        if steps:
+            where = f", {symbol} = {row['difficulty']}" + f", {row['size']}" * bool(row["size"])
+            lines.append(f"{row['arm']}{where}: sooner than the baseline in {sooner} of {len(steps)} seeds, later in {later}, "
+                         f"median {row['paired_differences_best_median']:+,.0f} steps; sign test p = {sign_test(sooner, later):.2g}")  # fmt: skip
+    if lines and len(metrics["args"]["lr"]) == 1:
+        lines.append("note: one learning rate, which may suit one arm more than another; give several, as in --lr 5e-4 1e-3 2e-3")
+    return "\n".join(lines)
+
+
+def sign_test(sooner: int, later: int) -> float:
+    """Two-sided p-value of so many signs if either were as likely; pairs without a difference do not count."""
+    n, fewer = sooner + later, min(sooner, later)
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
+
+
 def differences(row: dict, key: str, baseline: list[dict]) -> str:
     """The paired differences of a row of the summary in print, a dot where neither run left the plateau; baseline: its row or none."""
     lengths = zip(row["plateau_lengths"], baseline[0]["plateau_lengths"] if baseline else [])
@@ -547,7 +568,8 @@ def curves(ax, groups: dict, x: str, y) -> None:
     for label, (colour, runs) in groups.items():
         stack = np.array([y(run) for run in runs], float)  # None becomes NaN
         ax.plot(runs[0][x], stack.T, color=colour, lw=0.7, alpha=0.4)
-        ax.plot(runs[0][x], np.median(stack, 0), color=colour, lw=2.2, label=label)
+        middle = np.ma.median(np.ma.masked_invalid(stack), 0)  # of the seeds that have not diverged
+        ax.plot(runs[0][x], middle, color=colour, lw=2.2, label=label)
 
 
 def draw_lengths(ax, runs: list[dict], place: float, colour, width: float, flip: bool = False) -> None:
@@ -658,7 +680,7 @@ def command(arguments, runs_of, train, plot, conclude=lambda metrics: {}) -> Non
             save_json(out / "metrics.json", metrics | conclude(metrics))
         metrics = read_metrics(out)
         try:
-            print(table(metrics))
+            print("\n\n".join(filter(None, (table(metrics), verdicts(metrics)))))
             arms = {row["arm"] for row in metrics["summary"]}
             if len(arms) > 1 and "baseline" not in arms:
                 print("note: no arm is called baseline, so nothing is paired")

@@ -664,6 +664,9 @@ def test_summary_pairs_by_seed_and_counts_censored_runs():
     assert [row["best_lr"] for row in (base, new, fast, fast_base)] == [False, True, False, True]
     assert new["paired_differences_best"] == [-20, 20, 70] and fast["paired_differences_best"] == []
     assert fast["paired_differences"] == [60, 60, 60] and fast["paired_differences_median"] == 60
+    said = "new, m = 3: sooner than the baseline in 1 of 3 seeds, later in 2, median +20 steps; sign test p = 1"
+    assert probes.verdicts({"summary": probes.summarise(runs), "args": {"lr": [1.0, 2.0]}}) == said
+    assert probes.verdicts({"summary": probes.summarise(runs), "args": {"lr": [1.0]}}).startswith(f"{said}\nnote: one learning rate")
     runs[3]["final_weights_score"] = None  # diverged: its place stays
     lines = probes.table({"summary": probes.summarise(runs), "args": {"lr": [1.0, 2.0]}}).splitlines()
     assert lines[0].endswith("| steps against the baseline, both at their best rate | both at 1; 2 |") and len(lines) == 4
@@ -672,6 +675,13 @@ def test_summary_pairs_by_seed_and_counts_censored_runs():
     stayed = made_run("baseline", 2, None)  # and so did "new": no difference was measured
     lines = probes.table({"summary": probes.summarise([*runs[:2], stayed, *runs[3:]]), "args": {"lr": [1.0, 2.0]}}).splitlines()
     assert lines[2].endswith("| -30 -50 \u00b7; +60 +60 +60 |")
+
+
+def test_sign_test_counts_every_outcome():
+    for sooner, later in ((5, 0), (2, 7), (3, 3), (0, 0)):
+        signs = [sum(flips) for flips in itertools.product((0, 1), repeat=sooner + later)]
+        as_far = sum(abs(2 * k - len(signs).bit_length() + 1) >= abs(sooner - later) for k in signs)
+        assert probes.sign_test(sooner, later) == as_far / len(signs)
 
 
 def test_rank_correlation():
@@ -1322,6 +1332,7 @@ OWN = [
     ("exp_aux_loss.py", "--weight inf", "--weight"),
     ("exp_aux_loss.py", "--loss weights:-1", "--loss"),
     ("exp_aux_loss.py", "--loss epsilon:0", "--loss"),
+    ("exp_aux_loss.py", "--loss weights:1e9", "--loss"),
     ("exp_aux_loss.py", "--loss none:5", "--loss"),
     ("exp_aux_loss.py", "--loss magic", "--loss"),
     ("exp_aux_loss.py", "--loss weights:0.1+weights:1", "--loss"),
@@ -1640,7 +1651,7 @@ def facts():
             gains = [1 - length[arm, seed] / length["baseline", seed] for seed in range(5)]
             assert arm == "norm:0.01" or min(gains) > 0
             share[arm].append(f"{np.median(gains):.0%}")
-    chance = lambda sooner, others=0: f"{2 * sum(math.comb(sooner + others, k) for k in range(others + 1)) / 2 ** (sooner + others):.1g}"
+    chance = lambda sooner: f"{probes.sign_test(sooner, 0):.1g}"
     ten = {"norm:0.01": "aux10", "weights:0.1": "aux10_controls", "weights:0.1+norm:0.01": "aux10_controls"}
     ten = {arm: next(row for row in asset(name)["summary"] if row["arm"] == arm and row["best_lr"]) for arm, name in ten.items()}
     ten = [row["paired_differences_best"] for row in ten.values()]
@@ -1739,6 +1750,7 @@ def facts():
     for row in re.findall(r"^\| .+assets/.+ \| \d+ \|$", README, re.M):
         minutes = sum(core_minutes(HERE / "assets" / f"{name}.json") for name in dict.fromkeys(re.findall(r"assets/(\w+).json", row)))
         yield f"{row.rpartition('|')[0].rpartition('|')[0]}| {minutes:.0f} |"
+    yield from probes.verdicts(asset("warmup_10")).splitlines()
     for command, took in asset("default_times").items():
         if command != "about":
             (row,) = re.findall(rf"^\| `{re.escape(command)}` \|.*(?=\|.* s \|$)", README, re.M)
