@@ -310,15 +310,15 @@ def table(metrics: dict) -> str:
 
 
 def verdicts(metrics: dict) -> str:
-    """In words, a line per arm and difficulty: in how many seeds it leaves the plateau sooner than the baseline, both at their best rate."""
+    """In words, a line per arm and difficulty: in how many seeds it leaves sooner than the baseline, both at their best rate."""
     lines, symbol = [], "d" if metrics["args"].get("task") == "linear" else "m"
     for row in metrics["summary"]:
-        steps = row["paired_differences_best"]
-        sooner, later = sum(v < 0 for v in steps), sum(v > 0 for v in steps)
+        steps, median = row["paired_differences_best"], row["paired_differences_best_median"]
         if steps:
-            where = f", {symbol} = {row['difficulty']}" + f", {row['size']}" * bool(row["size"])
-            lines.append(f"{row['arm']}{where}: sooner than the baseline in {sooner} of {len(steps)} seeds, later in {later}, "
-                         f"median {row['paired_differences_best_median']:+,.0f} steps; sign test p = {sign_test(sooner, later):.2g}")  # fmt: skip
+            sooner, later = sum(v < 0 for v in steps), sum(v > 0 for v in steps)
+            arm = f"{row['arm']}, {symbol} = {row['difficulty']}" + f", {row['size']}" * bool(row["size"])
+            lines.append(f"{arm}: sooner than the baseline in {sooner} of {len(steps)} seeds, later in {later}, median {median:+,.0f} steps; "
+                         f"sign test p = {sign_test(sooner, later):.2g}")  # fmt: skip
     if lines and len(metrics["args"]["lr"]) == 1:
         lines.append("note: one learning rate, which may suit one arm more than another; give several, as in --lr 5e-4 1e-3 2e-3")
     return "\n".join(lines)
