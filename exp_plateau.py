@@ -143,7 +143,7 @@ def plot(metrics: dict, path: Path) -> None:
         alone = level["pairwise_loss"] / level["no_context_loss"]
         a.axhline(alone, color=colour, ls="-.", lw=1)
         a.text(budget, alone, f"each pair by itself, {label(m)}", ha="right", va="bottom", fontsize=8)
-    a.set(title="(a) Training stalls before it improves", xlabel="step", xlim=0, ylim=(0, 1.15),
+    a.set(title="(a) Training stalls before it improves", xlabel="step", xlim=0, ylim=(0, 1.4),
           ylabel="held-out loss / best loss without context")  # fmt: skip
 
     shown = lambda run: [v if v is None else max(v, 1e-6) for v in score("weights_score")(run)]  # no zero on a log axis

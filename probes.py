@@ -5,7 +5,7 @@ read-out finds all factor values of a held-out image in the hidden state of that
   weights_score            `alone`: a prompt of one image; probe trained with the paper's budget (Adam 1e-3, 782 steps, raw states)
   weights_score_identity   the authors' variant: attention replaced by identity in every block
   weights_score_converged  closed-form ridge on standardised states: is the information there at all?
-  spread                   root of the summed variance of the state over images: does it drown in a few directions?
+  spread                   root of the summed variance of the state over images: how large the states are
 Dysfunction = weights_score below its own value at initialisation. All measures are taken in fp32, all scores on held-out data.
 In regression the read-out returns the vector x itself and the score is its normalised squared error: 1 = nothing known, LOWER is
 better, dysfunction = above its own value at initialisation. A text has no identity variant: its words must meet by attention.
