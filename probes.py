@@ -229,6 +229,14 @@ def score_change(run: dict) -> float | None:
     return None if run["final_weights_score"] is None else run["final_weights_score"] - run["initial_weights_score"]
 
 
+def mean_loss(run: dict) -> float | None:
+    """Held-out loss averaged over the training, over the best loss without context: needs no line and no censoring. None: diverged."""
+    if run["loss"][-1] is None:
+        return None
+    area = torch.trapezoid(*(torch.tensor(run[key], dtype=torch.float64) for key in ("loss", "steps")))
+    return area.item() / run["steps"][-1] / run["no_context_loss"]
+
+
 def rank_correlation(a: list[float], b: list[float]) -> float | None:
     """Spearman's rho, ties averaged; None when one side is constant."""
     ranks = lambda v: [sum(y < x for y in v) + (sum(y == x for y in v) - 1) / 2 for x in v]
@@ -243,7 +251,8 @@ def summarise(runs: list[dict]) -> list[dict]:
 
     Censored runs count as their budget, so a median equal to it means 'at least'. best_lr marks the rate with the shortest
     median plateau of its arm and difficulty (ties: lowest final loss; chosen on the same seeds that are reported).
-    paired_differences: to the baseline at the same rate; ..._best: at its own best rate, given where the arm is at its best.
+    paired_differences: to the baseline at the same rate; ..._best: at its own best rate, given where the arm is at its best;
+    paired_mean_losses...: the same of mean_loss, where both have one.
     """
     key = lambda run: (run["arm"], run["difficulty"], run["lr"], run.get("size"))
     median = lambda values: statistics.median(values) if values else None
@@ -265,11 +274,14 @@ def summarise(runs: list[dict]) -> list[dict]:
     best = {(row["difficulty"], row["size"]): row["lr"] for row in rows if row["best_lr"] and row["arm"] == "baseline"}
     for row, mine in zip(rows, groups.values()):
         own_best = best.get((row["difficulty"], row["size"])) if row["best_lr"] else None
-        for name, lr in (("paired_differences", row["lr"]), ("paired_differences_best", own_best)):
+        for name, lr in (("", row["lr"]), ("_best", own_best)):
             baseline = groups.get(("baseline", row["difficulty"], lr, row["size"]), []) if row["arm"] != "baseline" else []
-            length = {run["seed"]: budgeted_length(run) for run in baseline}
-            row[name] = [budgeted_length(run) - length[run["seed"]] for run in mine if run["seed"] in length]
-            row[f"{name}_median"] = median(row[name])
+            partner = {run["seed"]: run for run in baseline}
+            pairs = [(run, partner[run["seed"]]) for run in mine if run["seed"] in partner]
+            row[f"paired_differences{name}"] = [budgeted_length(run) - budgeted_length(other) for run, other in pairs]
+            row[f"paired_differences{name}_median"] = median(row[f"paired_differences{name}"])
+            losses = [(mean_loss(run), mean_loss(other)) for run, other in pairs]
+            row[f"paired_mean_losses{name}"] = number([run - other for run, other in losses if None not in (run, other)])
     return rows
 
 
@@ -310,15 +322,19 @@ def table(metrics: dict) -> str:
 
 
 def verdicts(metrics: dict) -> str:
-    """In words, a line per arm and difficulty: in how many seeds it leaves sooner than the baseline, both at their best rate."""
+    """In words, a line per arm and difficulty: against the baseline, both at their best rate, in how many seeds it leaves sooner, and
+    in how many its loss, averaged over the training, is lower."""
     lines, symbol = [], "d" if metrics["args"].get("task") == "linear" else "m"
     for row in metrics["summary"]:
-        steps, median = row["paired_differences_best"], row["paired_differences_best_median"]
+        steps, losses, signs = row["paired_differences_best"], row["paired_mean_losses_best"], []
+        for values in (steps, losses):
+            less, more = sum(v < 0 for v in values), sum(v > 0 for v in values)
+            signs.append((less, len(values), more, sign_test(less, more)))
         if steps:
-            sooner, later = sum(v < 0 for v in steps), sum(v > 0 for v in steps)
             arm = f"{row['arm']}, {symbol} = {row['difficulty']}" + f", {row['size']}" * bool(row["size"])
-            lines.append(f"{arm}: sooner than the baseline in {sooner} of {len(steps)} seeds, later in {later}, median {median:+,.0f} steps; "
-                         f"sign test p = {sign_test(sooner, later):.2g}")  # fmt: skip
+            sooner = "leaves sooner than the baseline in {} of {} seeds, later in {} (sign test p = {:.2g})".format(*signs[0])
+            lower = "mean loss lower in {} of {}, higher in {} (p = {:.2g})".format(*signs[1])
+            lines.append(f"{arm}: {sooner}, median {row['paired_differences_best_median']:+,.0f} steps; {lower}")
     if lines and len(metrics["args"]["lr"]) == 1:
         lines.append("note: one learning rate, which may suit one arm more than another; give several, as in --lr 5e-4 1e-3 2e-3")
     return "\n".join(lines)

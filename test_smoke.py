@@ -650,7 +650,7 @@ def test_plateau_length_on_made_curves():
 
 def made_run(arm, seed, length, lr=1.0, change=0.1):
     return dict(arm=arm, difficulty=3, lr=lr, seed=seed, censored=length is None, plateau_length=length, steps=[0, 100], loss=[1.0, 0.5],
-                initial_weights_score=0.5, final_weights_score=0.5 + change)  # fmt: skip
+                no_context_loss=1.0, initial_weights_score=0.5, final_weights_score=0.5 + change)  # fmt: skip
 
 
 def test_summary_pairs_by_seed_and_counts_censored_runs():
@@ -664,10 +664,13 @@ def test_summary_pairs_by_seed_and_counts_censored_runs():
     assert [row["best_lr"] for row in (base, new, fast, fast_base)] == [False, True, False, True]
     assert new["paired_differences_best"] == [-20, 20, 70] and fast["paired_differences_best"] == []
     assert fast["paired_differences"] == [60, 60, 60] and fast["paired_differences_median"] == 60
-    said = "new, m = 3: sooner than the baseline in 1 of 3 seeds, later in 2, median +20 steps; sign test p = 1"
+    runs[3]["loss"] = [1.0, 0.4]
+    said = "new, m = 3: leaves sooner than the baseline in 1 of 3 seeds, later in 2 (sign test p = 1), median +20 steps; " \
+           "mean loss lower in 1 of 3, higher in 0 (p = 1)"  # fmt: skip
     assert probes.verdicts({"summary": probes.summarise(runs), "args": {"lr": [1.0, 2.0]}}) == said
     assert probes.verdicts({"summary": probes.summarise(runs), "args": {"lr": [1.0]}}).startswith(f"{said}\nnote: one learning rate")
-    runs[3]["final_weights_score"] = None  # diverged: its place stays
+    runs[3] |= {"final_weights_score": None, "loss": [1.0, None]}  # diverged: its place stays
+    assert len(probes.summarise(runs)[1]["paired_mean_losses_best"]) == 2
     lines = probes.table({"summary": probes.summarise(runs), "args": {"lr": [1.0, 2.0]}}).splitlines()
     assert lines[0].endswith("| steps against the baseline, both at their best rate | both at 1; 2 |") and len(lines) == 4
     assert lines[3] == "| baseline | 2 | 30 30 30 | 30 | 3 of 3 | +0.100 +0.100 +0.100 |  |  |"
@@ -675,6 +678,12 @@ def test_summary_pairs_by_seed_and_counts_censored_runs():
     stayed = made_run("baseline", 2, None)  # and so did "new": no difference was measured
     lines = probes.table({"summary": probes.summarise([*runs[:2], stayed, *runs[3:]]), "args": {"lr": [1.0, 2.0]}}).splitlines()
     assert lines[2].endswith("| -30 -50 \u00b7; +60 +60 +60 |")
+
+
+def test_mean_loss_is_the_area_under_the_curve():
+    curve = dict(steps=[0, 10, 40], loss=[2.0, 1.0, 0.5], no_context_loss=2.0)
+    assert probes.mean_loss(curve) == pytest.approx((10 * 1.5 + 30 * 0.75) / 40 / 2)
+    assert probes.mean_loss(curve | {"loss": [2.0, 1.0, None]}) is None
 
 
 def test_sign_test_counts_every_outcome():
