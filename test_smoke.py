@@ -1632,9 +1632,8 @@ def facts():
     yield f"(from {begin} to {end}, 6 blocks)"
     after = of("aux_after")
     yield f"the loss is {show(run['loss'][run['steps'].index(3000)] for run in after)} at step 3,000"
-    yield f"and {show(run['loss'][-1] for run in after)} at the end, with an accuracy of {show(run['accuracy'][-1] for run in after)}"
+    yield f"and {show(run['loss'][-1] for run in after)} at the end"
     yield f"(each pair by itself {level['pairwise_accuracy']:.2f}) and"
-    yield f"about that learner's accuracy ({show(run['accuracy'][-1] for run in after)}, its own {level['pairwise_accuracy']:.2f})"
     yield f"and a context score of {show(run['context_score'][-1][-1] for run in after)}"
     world = shapes((4, 4, 4, 4, 4, 1), FACTORS[:3], "code", 32, 2.5)
     levels = [world.references(run["seed"], math.inf, 12) for run in after]
@@ -1696,8 +1695,8 @@ def facts():
     runs, asked = of("nlp_arms"), [list(asset("nlp_arms")["attributes"]).index(name) for name in ("tense", "sentiment")]
     reads = lambda run, factors, probe=-1: [max(block[f] for block in run["weights_score_by_factor"][probe]) for f in factors]
     read = [reads(run, asked) for run in runs]
-    left, stay = ([min(both) > 0.9 for both, run in zip(read, runs) if run["censored"] == stays] for stays in (False, True))
-    yield f"{sum(left)} of the {len(left)} runs that leave read both, {sum(stay)} of the {len(stay)} that stay"
+    left_read, stay_read = ([min(both) > 0.9 for both, run in zip(read, runs) if run["censored"] == stays] for stays in (False, True))
+    yield f"{sum(left_read)} of the {len(left_read)} runs that leave read both, {sum(stay_read)} of the {len(stay_read)} that stay"
     others = [both[1] for both, run in zip(read, runs) if not run["censored"] and min(both) < 0.9]
     assert {run["seed"] for both, run in zip(read, runs) if not run["censored"] and min(both) < 0.9} == {3} and len(others) == 4
     yield f"all of seed 3, read the sentiment at {min(others):.2f} to {max(others):.2f}"
@@ -1850,7 +1849,6 @@ def facts():
     yield f"of the baselines {leave(small)} of 15 with as much of the target task (batch 24), {leave(plain)} of 15 with twice as much"
     past = lambda runs: sum(run["plateau_length_other_rules"]["0.9"] is not None for run in runs)
     yield f"{past(foreign)} of 15 are below it, and {past(small)} of the 15 baselines with as much"
-    yield f"by a laxer line (0.9) {past(foreign)} of 15, of the baselines with as much of the target task (batch 24) {past(small)} of 15"
     ends = [lax([run for run in runs if run["lr"] == lr]) for lr in (5e-4, 1e-3) for runs in (foreign, small)]
     yield "(at 5e-4 at {} against {}, at 1e-3 at {} against {})".format(*ends)
     yield "at {} and {}.".format(*[lax(run for run in mixed if run["lr"] == lr) for lr in (5e-4, 1e-3)])
@@ -1889,6 +1887,100 @@ def facts():
     with_penalty, without = spread("norm", arm="norm:0.01"), spread("norm", arm="baseline")
     yield f"their spread ends at {min(with_penalty):.1f} to {max(with_penalty):.1f}"
     yield f"reaches {max(without):.1f}"
+
+    # graded by difficulty, at every rate
+    def by_m(lr, step):
+        place = of("rates")[0]["probe_steps"].index(step)
+        return [[change(run, "weights_score", place) for m in (1, 8, 64, "inf") for run in of("rates", lr=lr, difficulty=m, seed=seed)]
+                for seed in range(5)]  # fmt: skip
+
+    grade = {step: np.mean([probes.rank_correlation(range(4), row) for row in by_m(5e-4, step)]) for step in (250, 750)}
+    assert min(run["plateau_length"] or 9999 for run in of("rates", lr=5e-4)) > 250
+    yield f"within seeds, at 5e-4, rank correlation with m {grade[250]:.2f} at step 250, {grade[750]:.2f} at 750"
+    easy = [probes.score_change(run) for lr in (5e-4, 1e-3) for run in of("rates", difficulty=1, lr=lr)]
+    yield f"m = 1 up to 1e-3 it rises, by {min(easy):.3f} to {max(easy):.3f} in {sum(value > 0 for value in easy)} of {len(easy)} runs"
+    searched = json.loads((HERE / "assets" / "world_search.json").read_text())
+    fell = [(row["lr"] > 5e-4, value < -0.015) for row in searched if row["difficulty"] == "inf" for value in row["weights_score_changes"]]
+    low, high = ([damaged for above, damaged in fell if above == rate] for rate in (False, True))
+    yield f"in all worlds searched {sum(low)} of {len(low)} runs at 5e-4 and below, {sum(high)} of {len(high)} above"
+    pairs = []
+    for m, lr in itertools.product((1, 8, 64, "inf"), totals):
+        for one, two in itertools.combinations(of("rates", difficulty=m, lr=lr), 2):
+            product = math.prod(f(one) - f(two) for f in (probes.budgeted_length, probes.score_change))
+            pairs += [product < 0] * (product != 0)
+    yield f"the one that ends with the higher score has the shorter plateau in {sum(pairs)} of {len(pairs)} pairs"
+    above = []
+    for run in [run for lr in (5e-4, 1e-3) for run in of("rates", difficulty=1, lr=lr)]:
+        on_it = [loss for step, loss in zip(run["steps"], run["loss"]) if 100 <= step < run["plateau_length"]]
+        above.append(np.mean([loss > 1.03 * run["no_context_loss"] for loss in on_it]))
+    yield f"{min(above):.0%} to {max(above):.0%} of the steps on it the loss is above"
+    rising_first = [lead(run) for m in (1, 8) for lr in (5e-4, 1e-3) for run in of("rates", difficulty=m, lr=lr)]
+    up = [sum(value > line for value in rising_first) for line in (0.01, 0)]
+    yield f"up by 0.01 in {up[0]} of {len(rising_first)} baselines, above its start in {up[1]}"
+    fallen_runs = [run for m in (64, "inf") for lr in (5e-4, 1e-3) for run in of("rates", difficulty=m, lr=lr) if falling(run)]
+    assert max(map(lead, fallen_runs)) < 0.01
+    nine = [run for run in of("timing") if run["arm"] != "weights:0.1" and falling(run)]
+
+    def around(run, low, high):
+        here = [k for k, step in enumerate(run["probe_steps"]) if low < step - falling(run) <= high]
+        return np.mean([change(run, "weights_score", k) for k in here]) if here else None
+
+    for words, window in (("In the 250 steps before the fall it is {:+.4f} \u00b1 {:.4f}", (-250, 0)),
+                          ("250 to 500 steps after it {:+.4f} \u00b1 {:.4f}", (250, 500))):  # fmt: skip
+        values = [value for run in nine for value in [around(run, *window)] if value is not None]
+        assert len(values) == 9
+        yield words.format(np.mean(values), np.std(values, ddof=1) / 3)
+    # mean loss over the training
+    lower = lambda name, arm, **what: [v < 0 for row in asset(name)["summary"] if row["arm"] == arm and what.items() <= row.items()
+                                       for v in row["paired_mean_losses"]]  # fmt: skip
+    assert all(lower("aux10", "norm:0.01")) and len(lower("aux10", "norm:0.01")) == 20 and all(lower("aux_loss", "weights:0.1"))
+    twin = {(run["lr"], run["seed"]): probes.mean_loss(run) for run in of("aux_loss", arm="shuffled:0.1")}
+    under = [probes.mean_loss(run) < twin[run["lr"], run["seed"]] for run in of("aux_loss", arm="weights:0.1")]
+    yield f"the mean loss of the weights loss is lower than its own in {sum(under)} of {len(under)} pairs; it is itself"
+    yield f"lower than the baseline's in {sum(lower('aux_loss', 'shuffled:0.1'))} of 15"
+    both = {run["seed"]: run["plateau_length"] for run in of("aux10_controls", arm="weights:0.1+norm:0.01")}
+    alone = of("aux10_controls", arm="weights:0.1") + of("aux10", arm="norm:0.01", lr=1e-3)
+    assert all(both[run["seed"]] < probes.budgeted_length(run) for run in alone)
+    long = {run["seed"]: probes.budgeted_length(run) for run in of("warmup_long", arm="baseline", lr=5e-4)}
+    for arm in ("weights:0.1", "norm:0.01"):
+        gains = [1 - run["plateau_length"] / long[run["seed"]] for run in of("aux_loss", arm=arm, lr=1e-3)]
+        yield f"{np.median(gains):.0%} ({' '.join(f'{gain:.0%}' for gain in gains)})"
+    # mixing, by target sequences
+    parts = {run["seed"]: 24 * run["plateau_length"] for run in of("mixture_long", arm="50% easy", lr=1e-3)}
+    wholes = {run["seed"]: 48 * probes.budgeted_length(run) for run in of("mixture_long", arm="baseline", lr=5e-4)}
+    yield f"{np.median([parts[seed] / wholes[seed] for seed in parts]):.0%} of the target sequences"
+    every = [(24 * run["plateau_length"], run["lr"], run["seed"]) for run in of("mixture_long", arm="50% easy")]
+    whole = {(run["lr"], run["seed"]): 48 * probes.budgeted_length(run) for run in of("mixture_long", arm="baseline")}
+    assert all(part < whole[lr, seed] for part, lr, seed in every)
+    thousand = lambda values: " ".join(f"{value / 1000:.0f}" for value in values)
+    yield f"{thousand(parts.values())} thousand against {thousand(wholes.values())}"
+    best_row = [row for row in asset("mixture_long")["summary"] if row["arm"] == "50% easy" and row["best_lr"]]
+    assert sum(v < 0 for v in best_row[0]["paired_mean_losses_best"]) == 2
+    began = [sum(falling(run) is not None for run in of(name, arm=arm)) for name, arm in
+             (("mixture_long", "50% unrelated"), ("mixture_batch24", "baseline"))]  # fmt: skip
+    yield f"begins to fall in {began[0]} of 15 runs (batch 24: {began[1]})"
+    ends = lambda name, arm: {(run["lr"], run["seed"]): run["loss"][-1] for run in of(name, arm=arm)}
+    other, fair, best_mix = ends("mixture_long", "50% unrelated"), ends("mixture_batch24", "baseline"), ends("mixture_long", "50% easy")
+    assert all(best_mix[key] < other[key] for key in other)
+    yield f"ends lower in {sum(other[key] < fair[key] for key in other)} of 15"
+    # drowned or lost, by the size of the fall
+    far = [-change(run, "weights_score_converged") > 0.0105 for run in fallen if probes.score_change(run) < -0.15]
+    yield f"of those that fall by more than 0.15 {sum(far)} of {len(far)} lose information as well"
+    sized = [run for (_, key), runs in twins.items() if "3 x 64" in key for run in runs.values() if run["arm"] == "baseline"]
+    r = np.corrcoef([math.log(at(run, "spread")) for run in sized], [probes.score_change(run) for run in sized])[0, 1]
+    yield f"over all {len(sized)} baselines of this size the logarithm of the spread explains {r * r:.0%} of the variance"
+
+    # chance of so uneven a table (Fisher)
+    def fisher(a, b, c, d):
+        ways = lambda k: math.comb(a + b, k) * math.comb(c + d, a + c - k)
+        possible = [ways(k) for k in range(max(0, a - d), min(a + b, a + c) + 1)]
+        return sum(way for way in possible if way <= ways(a)) / sum(possible)
+
+    odds = [fisher(sum(x), len(x) - sum(x), sum(y), len(y) - sum(y)) for x, y in ((left_read, stay_read), (later, never))]
+    yield "Fisher's test gives p = {:.2f} at the end and {:.2f} at step 800".format(*odds)
+    ten_last = [np.mean(run["accuracy"][-10:]) for run in of("aux_after")]
+    yield f"averaged over the last ten evaluations {show(ten_last)}, its own {level['pairwise_accuracy']:.2f})"
+    yield f"averaged over the last ten evaluations, of {show(ten_last)} (each pair by itself {level['pairwise_accuracy']:.2f})"
 
 
 def test_every_computed_sentence_is_in_the_readme():
