@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import exp_mixture
 import exp_nlp
@@ -31,6 +32,7 @@ import exp_warmup
 import probes
 import tasks
 from model import GPT, Adam, Block, Config, autocast, compile_blocks
+from model import SIZES as BENCHMARK
 from tasks import (
     ASKED,
     FACTORS,
@@ -1978,6 +1980,14 @@ def facts():
 
     odds = [fisher(sum(x), len(x) - sum(x), sum(y), len(y) - sum(y)) for x, y in ((left_read, stay_read), (later, never))]
     yield "Fisher's test gives p = {:.2f} at the end and {:.2f} at step 800".format(*odds)
+    size = dict(BENCHMARK["paper"])
+    batch, pairs = size.pop("batch"), size["n_pair"]
+    with torch.device("meta"), FlopCounterMode(display=False) as flops:
+        model = GPT(Config(**size), [0])
+        model(torch.zeros(1, batch, pairs, size["d_x"]), torch.zeros(1, batch, pairs, size["d_y"])).sum().backward()
+    params = sum(p.numel() for p in model.parameters())
+    steps_ = exp_plateau.SCALES["shapes", "paper"]["steps"]
+    yield f"{params / 1e6:.1f} million parameters and takes {steps_:,} steps of {flops.get_total_flops() / 1e12:.2f} TFLOP"
     ten_last = [np.mean(run["accuracy"][-10:]) for run in of("aux_after")]
     yield f"averaged over the last ten evaluations {show(ten_last)}, its own {level['pairwise_accuracy']:.2f})"
     yield f"averaged over the last ten evaluations, of {show(ten_last)} (each pair by itself {level['pairwise_accuracy']:.2f})"
