@@ -1612,7 +1612,6 @@ def facts():
     yield f"of them, by up to {lost[-1]:.3f} in the others"
     settings = different(lambda run: any(run is one for one in fallen))
     yield f"(the same seed and setting again where it was trained again: {settings} different ones)"
-    yield f"of them, by {show(lost[len(small) :], 3)} in the others"
     for name, one, two in (("nlp", "on the plateau", 1), ("wordselect", "at step 200", 1)):
         runs = of(name, arm="baseline")
         start, low = ([at(run, "weights_score_converged", probe) for run in runs] for probe in (0, two))
@@ -1821,6 +1820,9 @@ def facts():
     plain = {lr: of("warmup_long", arm="baseline", lr=lr) for lr in of_1000}
     assert leave(run for run in warm if run["switch"] == 250) == 0
     yield f"at 1e-3 {leave(of_1000[1e-3])} of 5 leave after 1,000 steps of it and {leave(plain[1e-3])} of 5 baselines"
+    high = [of("warmup_high", arm=arm) for arm in ("switch 1000", "baseline")]
+    assert leave(of("warmup_high")) == 0 and all(probes.score_change(a) > probes.score_change(b) for a, b in zip(*high))
+    yield f"({changes(high[0])} against {changes(high[1])} from the start)"
     yield f"({lengths(of_1000[5e-4], 'plateau_after_switch')} against {lengths(plain[5e-4])})"
     for name in ("pixels", "vae"):
         runs = of(name)
