@@ -1809,6 +1809,9 @@ def facts():
     yield f"began to fall only {sum(early)} of the {len(early)} were"
     risen = lambda run, step: change(run, "weights_score", run["probe_steps"].index(step))
     fell = [run["censored"] for run in runs if risen(run, 1500) < -0.015]
+    early_fallen = [run for run in runs if risen(run, 1500) < -0.015 and run["lr"] == 1e-3]
+    short = sum(run["switch"] == 250 for run in early_fallen)
+    yield f"({len(early_fallen)} of the {len(fell)} are at 1e-3, {short} of them after 250 steps of warm-up"
     assert all(fell) and all(run["censored"] or run["plateau_length"] > 1500 for run in runs)
     yield f"the {len(fell)} runs that are damaged by then all stay, and of the other {len(runs) - len(fell)} {len(left)} leave"
     warm = [run for run in runs if run["switch"]]
