@@ -1969,8 +1969,9 @@ def facts():
     assert all(best_mix[key] < other[key] for key in other)
     yield f"ends lower in {sum(other[key] < fair[key] for key in other)} of 15"
     # drowned or lost, by the size of the fall
-    far = [-change(run, "weights_score_converged") > 0.0105 for run in fallen if probes.score_change(run) < -0.15]
-    yield f"of those that fall by more than 0.15 {sum(far)} of {len(far)} lose information as well"
+    far = [(-change(run, "weights_score_converged"), -probes.score_change(run)) for run in fallen if probes.score_change(run) < -0.15]
+    yield f"of those that fall by more than 0.15 {sum(lost > 0.0105 for lost, _ in far)} of {len(far)} lose information as well"
+    yield f"as well, in the median {np.median([lost / fall for lost, fall in far]):.0%} of the fall"
     sized = [run for (_, key), runs in twins.items() if "3 x 64" in key for run in runs.values() if run["arm"] == "baseline"]
     r = np.corrcoef([math.log(at(run, "spread")) for run in sized], [probes.score_change(run) for run in sized])[0, 1]
     yield f"over all {len(sized)} baselines of this size the logarithm of the spread explains {r * r:.0%} of the variance"
