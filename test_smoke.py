@@ -31,7 +31,7 @@ import exp_plateau
 import exp_warmup
 import probes
 import tasks
-from model import GPT, Adam, Block, Config, autocast, compile_blocks
+from model import GPT, Adam, Block, Config, autocast, compile_blocks, pick_device
 from model import SIZES as BENCHMARK
 from tasks import (
     ASKED,
@@ -241,6 +241,10 @@ def test_bf16_keeps_the_residual_stream_in_fp32_and_gives_nearly_the_same_gradie
     torch.testing.assert_close(logits.float(), plain, atol=3e-2, rtol=3e-2)
     for a, b in zip(half, (p.grad for p in model.parameters())):
         torch.testing.assert_close(a, b, atol=0.02 * b.abs().max().item() + 1e-6, rtol=0.1)
+
+
+def test_a_cpu_trains_in_fp32_unless_told_otherwise():
+    assert [pick_device("cpu", precision)[1] for precision in ("auto", "fp32", "bf16")] == ["fp32", "fp32", "bf16"]
 
 
 def test_one_compilation_serves_every_layer_and_no_measure(monkeypatch):
