@@ -173,12 +173,12 @@ def plot(metrics: dict, path: Path) -> None:
         "weights_score_identity": ("tab:cyan", "score, attention = identity"),
         "weights_score_converged": ("tab:green", "converged probe"),
     }.items():
-        d.plot(place, np.median(end(key), 1), color=colour, lw=2, label=text)
+        d.plot(place, probes.middle(end(key), 1), color=colour, lw=2, label=text)
         d.plot(place, end(key), ".", color=colour, ms=5, alpha=0.6)
     d.plot(place, start, color="black", ls="--", lw=1)
     d.fill_between(place, start, d.get_ylim()[linear], color="tab:red", alpha=0.07, lw=0)
     wide = d.twinx()
-    wide.plot(place, np.median(end("spread"), 1), color="tab:orange", lw=1.5, ls="-.", label="spread of the states (right)")
+    wide.plot(place, probes.middle(end("spread"), 1), color="tab:orange", lw=1.5, ls="-.", label="spread of the states (right)")
     wide.set(yscale="log", ylabel="spread", ylim=(min(1, wide.get_ylim()[0]), 3 * wide.get_ylim()[1]))
     if linear:
         d.set_yscale("log")
@@ -213,7 +213,7 @@ def plot(metrics: dict, path: Path) -> None:
             for m, colour in colours.items():
                 points = np.array([[value(run) for run in here(m, rate)] for rate in rates], float)
                 ax.plot(rates, points, ".", color=colour, alpha=0.6)
-                ax.plot(rates, np.median(points, 1), color=colour, lw=2, label=label(m))
+                ax.plot(rates, probes.middle(points, 1), color=colour, lw=2, label=label(m))
             ax.axvline(lr, color="black", ls=":", lw=1)
             ax.set(title=title, xscale="log", yscale="log" if value is spread else "linear",
                    xlabel="learning rate (dotted: the sweep's best)")  # fmt: skip
@@ -238,7 +238,7 @@ def draw_positions(ax, metrics: dict, groups: dict) -> None:
     """Regression: loss at the end by position, beside learners that are told what the task is."""
     pairs = np.arange(metrics["args"]["pairs"])
     for colour, runs in groups.values():
-        ax.plot(pairs, np.nanmedian(np.array([run["loss_by_position"] for run in runs], float), 0), color=colour, lw=2)
+        ax.plot(pairs, probes.middle(np.array([run["loss_by_position"] for run in runs], float), 0), color=colour, lw=2)
         ax.plot(pairs, metrics["reference"][str(runs[0]["difficulty"])]["least_squares_loss_by_position"], color=colour, ls="--", lw=1)
     level = metrics["reference"][str(runs[0]["difficulty"])]
     for name, style in {"nearest": ":", "averaging": "-."}.items():

@@ -5,7 +5,7 @@ read-out finds all factor values of a held-out image in the hidden state of that
   weights_score            `alone`: a prompt of one image; probe trained with the paper's budget (Adam 1e-3, 782 steps, raw states)
   weights_score_identity   the authors' variant: attention replaced by identity in every block
   weights_score_converged  closed-form ridge on standardised states: is the information there at all?
-  spread                   root of the summed variance of the state over images: how large the states are
+  spread                   root of the summed variance of the state over images: how far apart they are
 Dysfunction = weights_score below its own value at initialisation. All measures are taken in fp32, all scores on held-out data.
 In regression the read-out returns the vector x itself and the score is its normalised squared error: 1 = nothing known, LOWER is
 better, dysfunction = above its own value at initialisation. A text has no identity variant: its words must meet by attention.
@@ -230,11 +230,12 @@ def score_change(run: dict) -> float | None:
 
 
 def mean_loss(run: dict) -> float | None:
-    """Held-out loss averaged over the training, over the best loss without context: needs no line and no censoring. None: diverged."""
-    if run["loss"][-1] is None:
+    """Held-out loss averaged over the training, in units of the best loss without context and never counted above it: 1 = nothing
+    learnt from the context. It needs no line, and no budget cuts it off. None: diverged."""
+    if None in run["loss"]:
         return None
-    area = torch.trapezoid(*(torch.tensor(run[key], dtype=torch.float64) for key in ("loss", "steps")))
-    return area.item() / run["steps"][-1] / run["no_context_loss"]
+    steps, loss = (torch.tensor(run[key], dtype=torch.float64) for key in ("steps", "loss"))
+    return torch.trapezoid((loss / run["no_context_loss"]).clamp(max=1), steps).item() / run["steps"][-1]
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float | None:
@@ -252,7 +253,7 @@ def summarise(runs: list[dict]) -> list[dict]:
     Censored runs count as their budget, so a median equal to it means 'at least'. best_lr marks the rate with the shortest
     median plateau of its arm and difficulty (ties: lowest final loss; chosen on the same seeds that are reported).
     paired_differences: to the baseline at the same rate; ..._best: at its own best rate, given where the arm is at its best;
-    paired_mean_losses...: the same of mean_loss, where both have one.
+    paired_mean_losses...: the same of mean_loss; None where one of the two diverged.
     """
     key = lambda run: (run["arm"], run["difficulty"], run["lr"], run.get("size"))
     median = lambda values: statistics.median(values) if values else None
@@ -281,7 +282,7 @@ def summarise(runs: list[dict]) -> list[dict]:
             row[f"paired_differences{name}"] = [budgeted_length(run) - budgeted_length(other) for run, other in pairs]
             row[f"paired_differences{name}_median"] = median(row[f"paired_differences{name}"])
             losses = [(mean_loss(run), mean_loss(other)) for run, other in pairs]
-            row[f"paired_mean_losses{name}"] = number([run - other for run, other in losses if None not in (run, other)])
+            row[f"paired_mean_losses{name}"] = number([None if None in pair else pair[0] - pair[1] for pair in losses])
     return rows
 
 
@@ -298,10 +299,10 @@ def table(metrics: dict) -> str:
     steps = lambda values: " ".join("-" if v is None else f"{v:,}" for v in values)
     wide = lambda key: len({row[key] for row in rows}) > 1
     alike = lambda row, arm: [r for r in rows if (r["arm"], r["difficulty"], r["size"]) == (arm, row["difficulty"], row["size"])]
-    symbol, score = ("d", "read-out error") if metrics["args"].get("task") == "linear" else ("m", "weights score")
+    score = "read-out error" if symbol(metrics) == "d" else "weights score"
     lines = []
     for row in [row for row in rows if row["best_lr"]]:
-        cells = {name: str(row[key]) for name, key in (("size", "size"), (symbol, "difficulty"), ("arm", "arm")) if wide(key)}
+        cells = {name: str(row[key]) for name, key in (("size", "size"), (symbol(metrics), "difficulty"), ("arm", "arm")) if wide(key)}
         cells |= {
             "best rate": f"{row['lr']:g}",
             "plateau length, every seed": steps(row["plateau_lengths"]),
@@ -322,28 +323,33 @@ def table(metrics: dict) -> str:
 
 
 def verdicts(metrics: dict) -> str:
-    """In words, a line per arm and difficulty: against the baseline, both at their best rate, in how many seeds it leaves sooner, and
-    in how many its loss, averaged over the training, is lower."""
-    lines, symbol = [], "d" if metrics["args"].get("task") == "linear" else "m"
-    for row in metrics["summary"]:
-        steps, losses, signs = row["paired_differences_best"], row["paired_mean_losses_best"], []
-        for values in (steps, losses):
-            less, more = sum(v < 0 for v in values), sum(v > 0 for v in values)
-            signs.append((less, len(values), more, sign_test(less, more)))
-        if steps:
-            arm = f"{row['arm']}, {symbol} = {row['difficulty']}" + f", {row['size']}" * bool(row["size"])
-            sooner = "leaves sooner than the baseline in {} of {} seeds, later in {} (sign test p = {:.2g})".format(*signs[0])
-            lower = "mean loss lower in {} of {}, higher in {} (p = {:.2g})".format(*signs[1])
-            lines.append(f"{arm}: {sooner}, median {row['paired_differences_best_median']:+,.0f} steps; {lower}")
+    """In words, a line per arm, difficulty and size, against the baseline, both at their best rate: in how many seeds it leaves the
+    plateau sooner, and in how many its mean loss is lower. Pairs with a diverged run have no mean loss."""
+    lines, signs = [], lambda values: (sum(v < 0 for v in values), sum(v > 0 for v in values))
+    for row in [row for row in metrics["summary"] if row["paired_differences_best"]]:
+        steps, losses = row["paired_differences_best"], [v for v in row["paired_mean_losses_best"] if v is not None]
+        (sooner, later), (lower, higher) = signs(steps), signs(losses)
+        line = f"{row['arm']}, {symbol(metrics)} = {row['difficulty']}" + f", {row['size']}" * bool(row["size"])
+        line += f": leaves sooner than the baseline in {sooner} of {len(steps)} seeds, later in {later} "
+        line += f"(sign test p = {sign_test(sooner, later):.2g}), median {row['paired_differences_best_median']:+,.0f} steps"
+        if losses:
+            line += f"; mean loss lower in {lower} of {len(losses)}, higher in {higher} (p = {sign_test(lower, higher):.2g}), "
+            line += f"median {statistics.median(losses):+.3f}"
+        lines.append(line + f"; {len(steps) - len(losses)} of the pairs diverged" * (len(losses) < len(steps)))
     if lines and len(metrics["args"]["lr"]) == 1:
         lines.append("note: one learning rate, which may suit one arm more than another; give several, as in --lr 5e-4 1e-3 2e-3")
     return "\n".join(lines)
 
 
-def sign_test(sooner: int, later: int) -> float:
+def sign_test(less: int, more: int) -> float:
     """Two-sided p-value of so many signs if either were as likely; pairs without a difference do not count."""
-    n, fewer = sooner + later, min(sooner, later)
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
+    n = less + more
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(less, more) + 1)) / 2**n)
+
+
+def symbol(metrics: dict) -> str:
+    """What a difficulty is called: m mappings, or d dimensions."""
+    return "d" if metrics["args"].get("task") == "linear" else "m"
 
 
 def differences(row: dict, key: str, baseline: list[dict]) -> str:
@@ -584,8 +590,12 @@ def curves(ax, groups: dict, x: str, y) -> None:
     for label, (colour, runs) in groups.items():
         stack = np.array([y(run) for run in runs], float)  # None becomes NaN
         ax.plot(runs[0][x], stack.T, color=colour, lw=0.7, alpha=0.4)
-        middle = np.ma.median(np.ma.masked_invalid(stack), 0)  # of the seeds that have not diverged
-        ax.plot(runs[0][x], middle, color=colour, lw=2.2, label=label)
+        ax.plot(runs[0][x], middle(stack, 0), color=colour, lw=2.2, label=label)
+
+
+def middle(stack: np.ndarray, axis: int) -> np.ndarray:
+    """Median over the seeds that have not diverged."""
+    return np.ma.median(np.ma.masked_invalid(stack), axis)
 
 
 def draw_lengths(ax, runs: list[dict], place: float, colour, width: float, flip: bool = False) -> None:
@@ -593,8 +603,8 @@ def draw_lengths(ax, runs: list[dict], place: float, colour, width: float, flip:
     for i, run in enumerate(runs):
         at = place + width * ((i + 0.5) / len(runs) - 0.5), budgeted_length(run)
         ax.plot(*(at[::-1] if flip else at), color=colour, ms=5, **(dict(marker="^", mfc="none") if run["censored"] else dict(marker="o")))
-    middle = statistics.median(map(budgeted_length, runs))
-    (ax.vlines if flip else ax.hlines)(middle, place - width / 2, place + width / 2, color=colour, lw=3)
+    median = statistics.median(map(budgeted_length, runs))
+    (ax.vlines if flip else ax.hlines)(median, place - width / 2, place + width / 2, color=colour, lw=3)
 
 
 def draw_groups(ax, names: list, groups: dict) -> None:
@@ -631,8 +641,7 @@ def draw_arms(metrics: dict, title: str, target: bool = True):
     figure, axes = plt.subplots(2, 3, figsize=(15, 8.4), layout="constrained")
     a, b, c, d, e, f = axes.flat
     left = ", ".join(f"{arm} {sum(not run['censored'] for run in runs)} of {len(runs)}" for arm, (_, runs) in zip(best, groups.values()))
-    symbol = "d" if metrics["args"].get("task") == "linear" else "m"
-    heading = title + f"; target {symbol} = {m}".replace("inf", "\u221e") * target + f", {size}" * bool(size)
+    heading = title + f"; target {symbol(metrics)} = {m}".replace("inf", "\u221e") * target + f", {size}" * bool(size)
     figure.suptitle(f"{heading}. Runs that left the plateau: {left}")
 
     relative = lambda run: level["no_context_loss"] / run["no_context_loss"]  # runs differ a little in what zero knowledge gives
@@ -696,6 +705,7 @@ def command(arguments, runs_of, train, plot, conclude=lambda metrics: {}) -> Non
             save_json(out / "metrics.json", metrics | conclude(metrics))
         metrics = read_metrics(out)
         try:
+            metrics["summary"] = summarise(metrics["runs"])
             print("\n\n".join(filter(None, (table(metrics), verdicts(metrics)))))
             arms = {row["arm"] for row in metrics["summary"]}
             if len(arms) > 1 and "baseline" not in arms:
@@ -922,7 +932,7 @@ def script_parser(file: str, about: str, scales: dict, images: bool = True):
                      help="stop cleanly at the first evaluation after this; --resume continues")  # fmt: skip
     run.add_argument("--scale", choices=("laptop", "paper"), default="laptop", help="which set of defaults (any flag overrides)")
     run.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
-                     help="of training (auto: bf16 on a GPU, fp32 on a CPU); measures are always fp32")  # fmt: skip
+                     help="of training (auto: bf16 on a GPU that multiplies it, else fp32); measures are always fp32")  # fmt: skip
     run.add_argument("--no-compile", action="store_true", help="train without torch.compile")
     run.add_argument("--runs-per-program", type=int, default=0, help="split what does not fit in memory; 0 = all runs in one program")
     return parser, experiment
