@@ -1472,6 +1472,24 @@ def test_every_command_of_the_readme_runs(command, tmp_path, monkeypatch):
     assert science(tmp_path)["finished"]
 
 
+def test_every_training_result_has_its_command_in_the_readme(monkeypatch):
+    """All flags, but for the precision and those that a resumed run may change."""
+    plain = lambda value: str(float(value)) if isinstance(value, (int, float)) else str(value)
+    free = (*probes.Record.may_change, "precision", "conllu")  # the reader's own file
+    flags = lambda args: {key: sorted(map(plain, value if isinstance(value, list) else [value])) for key, value in args.items()
+                          if key not in free}  # fmt: skip
+    told = []
+    for command in set(COMMANDS):
+        script = HERE / command.split()[0]
+        if script.exists() and "--replot" not in command:
+            monkeypatch.setattr(sys, "argv", shlex.split(command))
+            args = vars(importlib.import_module(script.stem).arguments())
+            told.append((script.name, flags({key: probes.jsonable(value) for key, value in args.items()})))
+    for path in (HERE / "assets").glob("*.json"):
+        if "runs" in dict_of(path) and path.stem not in ("rates_bf16", "nlp_order_older"):  # of earlier settings
+            assert (dict_of(path)["script"], flags(dict_of(path)["args"])) in told, path.stem
+
+
 @pytest.mark.parametrize("script, mine, diff", DIFFS)
 def test_every_edit_of_the_readme_applies_to_a_copied_script_and_runs(script, mine, diff, tmp_path, monkeypatch):
     code_ = (HERE / f"{script}.py").read_text()
@@ -1726,12 +1744,18 @@ def facts():
     yield f"at step 800 {sum(later)} of the {len(later)} runs that leave later read both, {sum(never)} of the {len(never)} that stay"
     mixed = [(min(both) > 0.9, not run["censored"]) for both, run in zip(read, runs) if run["arm"] == "mixture"]
     yield f"all {sum(a for a, _ in mixed)} mixed runs read both, and {sum(b for _, b in mixed)} leave"
-    read = {arm: [*zip(*(reads(run, (0, 1)) for run in of("nlp_order_long", arm=arm)))] for arm in ("weights", "baseline")}
-    assert min(map(min, read["weights"])) > 0.995
-    yield f"baselines {show(read['baseline'][0])} and {show(read['baseline'][1])}"
-    context = [(run["context_score"][-1][-1], run["censored"]) for run in of("nlp_order_long")]
-    others = [score for score, stays in context if stays]
-    yield f"({show(score for score, stays in context if not stays)}; all others {min(others):.2f} to {max(others):.2f}, chance 0.50)"
+    runs, older = of("nlp_order_long"), of("nlp_order_older")
+    then, now = ({(run["arm"], run["seed"]): run["loss"] for run in some} for some in (older, runs))
+    assert max(abs(a - b) for key in then for a, b in zip(then[key][:2], now[key])) < 5e-4 and older[0]["steps"][1] == 60
+    both = runs + older
+    left = [leave(run for run in both if run["arm"] == arm) for arm in ("weights", "norm", "baseline")]
+    assert sum(run["arm"] == "norm" for run in both) == 8
+    yield "Counted as eight draws of each arm, {} runs leave with the weights loss, {} with the penalty, {} without".format(*left)
+    assert min(min(reads(run, (0, 1))) for run in both if run["arm"] == "weights") > 0.99
+    ends = [[run["context_score"][-1][-1] for run in both if run["censored"] == stays] for stays in (False, True)]
+    yield "ends at {:.2f} to {:.2f} in the runs that leave, at {:.2f} to {:.2f} in the others".format(
+        *(f(e) for e in ends for f in (min, max))
+    )
     yield f"a grammar of {len({word for text in exp_nlp.grammar(3000)[0] for word in text})} words"
     error = lambda score, readings: (score * (1 - score) / readings) ** 0.5
     start = np.mean([run["initial_weights_score"] for run in of("plateau")])
