@@ -1803,7 +1803,7 @@ def facts():
               for name, arm in (("aux_loss", "weights:0.1"), ("mixture_long", "50% easy"))]  # fmt: skip
     yield f"in {sum(helped[1])} of {len(helped[1])} mixed runs the score is up by 0.01 or more"
     yield "{} of {} with the weights loss and {} of {} mixed with the easy task".format(*[f(h) for h in helped for f in (sum, len)])
-    yield f"{sum(core_minutes(path) for path in (HERE / 'assets').glob('*.json')) / 60:.0f} hours of one older CPU core"
+    yield f"{sum(core_minutes(path) for path in (HERE / 'assets').glob('*.json')) / 60:.0f} hours of one CPU core"
     for row in re.findall(r"^\| .+assets/.+ \| \d+ \|$", README, re.M):
         minutes = sum(core_minutes(HERE / "assets" / f"{name}.json") for name in dict.fromkeys(re.findall(r"assets/(\w+).json", row)))
         yield f"{row.rpartition('|')[0].rpartition('|')[0]}| {minutes:.0f} |"
