@@ -1571,10 +1571,10 @@ def facts():
     for m in (1, 8, "inf"):
         runs = of("rates", difficulty=m, lr=2e-3)
         yield f"{changes(runs)} at m = {m}"
+        context, where = [run["context_score"][-1][-1] for run in runs], "inf" if m == "inf" else f"m = {m}"
+        yield f"at {min(context):.2f} to {max(context):.2f} at {where}"
         if m != 8:
-            context = sorted(run["context_score"][-1][-1] for run in runs)
-            yield f"{show(run['context_score'][-1][-1] for run in runs)} at " + ("m = 1" if m == 1 else "inf")
-            yield f"at {context[0]:.2f} to {context[-1]:.2f} at " + ("m = 1" if m == 1 else "inf")
+            yield f"{show(context)} at {where}"
     totals, best = {}, {}
     for lr in (5e-4, 1e-3, 2e-3):
         runs = of("rates", lr=lr)
@@ -1791,7 +1791,7 @@ def facts():
     grown = [lead(run, key) for run in trained]
     yield f"it has changed by {min(grown):+.3f} to {max(grown):+.3f} when the loss begins to fall"
     assert sum(late < 0 for late in lag(trained, 0.01, key) if late) == 1
-    yield f"it is up {min(late for late in lag(alone) if late)} steps later or not at all"
+    yield f"it is up at least {min(late for late in lag(alone) if late)} steps later or not at all"
     yield f"does the score move first, by {-max(lag(trained))} steps and more"
     unaided = re.compile("baseline|norm|context|shuffled|.*unrelated")  # without help for the weights component, probed often enough
     held = [[run for run in runs.values() if unaided.match(run["arm"]) and run["difficulty"] == "inf" and not run["censored"]
@@ -1980,8 +1980,9 @@ def facts():
     assert all(lower("aux10", "norm:0.01")) and len(lower("aux10", "norm:0.01")) == 20 and all(lower("aux_loss", "weights:0.1"))
     shuffled = {(run["lr"], run["seed"]): probes.mean_loss(run) for run in of("aux_loss", arm="shuffled:0.1")}
     under = [probes.mean_loss(run) < shuffled[run["lr"], run["seed"]] for run in of("aux_loss", arm="weights:0.1")]
-    yield f"the mean loss of the weights loss is lower than its own in {sum(under)} of {len(under)} pairs; it is itself"
-    yield f"lower than the baseline's in {sum(lower('aux_loss', 'shuffled:0.1'))} of 15"
+    yield f"lower with the weights loss than with the control in {sum(under)} of {len(under)} pairs"
+    yield f"lower with the control than in the baseline in {sum(lower('aux_loss', 'shuffled:0.1'))} of 15"
+    yield f"by mean loss it is lower than the baseline's in {sum(lower('aux_loss', 'shuffled:0.1'))} of 15"
     both = {run["seed"]: run["plateau_length"] for run in of("aux10_controls", arm="weights:0.1+norm:0.01")}
     single = of("aux10_controls", arm="weights:0.1") + of("aux10", arm="norm:0.01", lr=1e-3)
     assert all(both[run["seed"]] < probes.budgeted_length(run) for run in single)
