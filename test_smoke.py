@@ -1725,7 +1725,6 @@ def facts():
     yield f"the weights loss saves {min(slow)} to {max(slow)} steps"
     low = [-probes.score_change(run) for run in of("aux_loss", arm="baseline", lr=5e-4)]
     yield f"at 5e-4, where no baseline falls by more than {max(low):.3f}"
-    yield "at 2.5e-4 the score changes by " + " ".join(f"{probes.score_change(run):+.3f}" for run in of("larger_low", lr=2.5e-4))
     lost = [-change(run, "weights_score_converged") for run in of("aux_loss", arm="shuffled:0.1") if run["lr"] > 5e-4]
     lost = [fall for fall in lost if fall > 0.05]
     yield f"the converged score falls by {min(lost):.2f} to {max(lost):.2f} in {len(lost)} of 10 runs"
@@ -1915,16 +1914,26 @@ def facts():
         yield f"the score of all {len(up)} mixed runs ends above its start, that of {below.count(False)} of {len(below)} baselines below"
     assert all(run["censored"] for run in runs if run["size"].startswith("1") or run["size"].endswith("32"))
     falls = [probes.score_change(run) for run in of("larger", arm="baseline")]
-    yield f"score falls by {-max(falls):.3f} to {-min(falls):.3f} in five of five seeds and none leaves, with"
     spreads = [at(run, "spread") for run in of("larger", arm="baseline")]
     yield f"their spread grows from {at(of('larger')[0], 'spread', 0):.0f} to {min(spreads):.0f} and more"
     ends = [at(run, "weights_score") for run in of("larger", arm="baseline")]
     yield f"score falls from 0.88 to between {min(ends):.2f} and {max(ends):.2f}"
-    yield f"(three seeds) it falls by {-min(map(probes.score_change, of('larger_low'))):.3f} at most, and no baseline leaves"
-    slowest = of("larger_low", lr=1.25e-4)
-    assert all(run["censored"] for run in of("larger_low"))
-    whole = " ".join(f"{probes.score_change(run):+.3f}" for run in slowest)
-    yield f"({whole}) and the loss has begun to fall ({show(run['loss'][-1] for run in slowest)},"
+    low = {lr: of("larger_low", arm="baseline", lr=lr) for lr in (2.5e-4, 1.25e-4)}
+    fell = {lr: [-probes.score_change(run) for run in runs] for lr, runs in low.items()}
+    yield f"falls at 5e-4 by {-max(falls):.3f} to {-min(falls):.3f}, at 2.5e-4 by {min(fell[2.5e-4]):.3f} to {max(fell[2.5e-4]):.3f}"
+    yield f"at 1.25e-4, its best rate, by {max(fell[1.25e-4]):.3f} at most"
+    yield f"At 2.5e-4 its score changes by {changes(low[2.5e-4])};"
+    ends = [run["loss"][-1] for run in low[1.25e-4]]
+    yield f"({changes(low[1.25e-4])}) and the loss of four has begun to fall (at the end {show(ends)},"
+    assert sum(end < 0.97 * run["no_context_loss"] for end, run in zip(ends, low[1.25e-4])) == 4
+    assert leave(of("larger_low", arm="baseline") + of("larger", arm="baseline")) == 0
+    two = [of("larger_low", arm=arm) for arm in ("weights:0.1", "norm:0.01")]
+    assert [[leave(runs, lr) for lr in (2.5e-4, 1.25e-4)] for runs in two] == [[5, 2], [5, 1]]
+    paired = [row["paired_mean_losses"] for name in ("larger", "larger_low") for row in asset(name)["summary"]]
+    assert max(sum(paired, [])) < 0
+    yield f"in all {sum(map(len, paired))} pairs, whether it is damaged or not"
+    least = [min(-v for v in row["paired_differences_best"]) for row in asset("larger")["summary"] if row["arm"] != "baseline"]
+    yield "sooner in five of five seeds, by at least {:,} and {:,} steps".format(*least)
     slow = [probes.budgeted_length(run) for run in of("warmup_long", arm="baseline", lr=5e-4)]
     for text, name, arm in (
         ("norm at 1e-3 is sooner", "aux10", "norm:0.01"),
