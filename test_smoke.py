@@ -1755,6 +1755,9 @@ def facts():
     yield "ends at {:.2f} to {:.2f} in the runs that leave, at {:.2f} to {:.2f} in the others".format(
         *(f(e) for e in ends for f in (min, max))
     )
+    ends = [[run["loss"][-1] for run in of("ewt", arm=arm)] for arm in ("weights", "baseline")]
+    assert sum(a < b for a, b in zip(*ends)) == 3
+    yield f"({show(ends[0])} against {show(ends[1])})."
     yield f"a grammar of {len({word for text in exp_nlp.grammar(3000)[0] for word in text})} words"
     error = lambda score, readings: (score * (1 - score) / readings) ** 0.5
     start = np.mean([run["initial_weights_score"] for run in of("plateau")])
