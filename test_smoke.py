@@ -1613,6 +1613,8 @@ def facts():
     )
     yield f"At 1e-3 and m = inf four of five fall, by {min(stay):.3f} to {max(stay):.3f}, and stay"
     yield f"({changes(of('rates', difficulty='inf', lr=5e-4))} at m = inf)"
+    newer = [of("plateau_newer", difficulty=m) for m in (1, 8, "inf")]
+    yield f"at {lengths(newer[0])} for m = 1 and {lengths(newer[1])} for m = 8, and at m = inf the score changes by {changes(newer[2])}:"
     runs = of("plateau", difficulty="inf")
     falls = lambda key: sorted(-change(run, key) for run in runs)
     for key, words in (("weights_score", "the paper's probe"), ("weights_score_converged", "the converged one")):
