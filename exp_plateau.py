@@ -113,7 +113,7 @@ def plot(metrics: dict, path: Path) -> None:
     difficulties = list(dict.fromkeys(run["difficulty"] for run in runs))
     colours = dict(zip(difficulties, plt.cm.viridis_r(np.linspace(0.05, 0.95, len(difficulties)))))
     linear = args.get("task") == "linear"  # then the score is an error: worse is up
-    label = lambda m: f"{'d' if linear else 'm'} = {m}".replace("inf", "\u221e")
+    label = lambda m: f"{probes.symbol(metrics)} = {m}".replace("inf", "\u221e")
     groups = {label(m): (colours[m], [run for run in runs if run["difficulty"] == m]) for m in difficulties}
     several = len(args["lr"]) > 1
     figure, axes = plt.subplots(2 + several, 3, figsize=(15, 8.4 + 4 * several), layout="constrained")

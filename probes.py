@@ -705,7 +705,8 @@ def command(arguments, runs_of, train, plot, conclude=lambda metrics: {}) -> Non
             save_json(out / "metrics.json", metrics | conclude(metrics))
         metrics = read_metrics(out)
         try:
-            metrics["summary"] = summarise(metrics["runs"])
+            if args.replot:  # an older one may lack keys
+                metrics["summary"] = summarise(metrics["runs"])
             print("\n\n".join(filter(None, (table(metrics), verdicts(metrics)))))
             arms = {row["arm"] for row in metrics["summary"]}
             if len(arms) > 1 and "baseline" not in arms:
