@@ -100,7 +100,7 @@ def relation(metrics: dict) -> dict:
     points = [(probes.score_change(run), probes.budgeted_length(run)) for run in metrics["runs"]
               if run["lr"] == lr and probes.score_change(run) is not None]  # fmt: skip
     rho = probes.rank_correlation(*map(list, zip(*points))) if points else None
-    print(f"rank correlation of weights score change and plateau length, lr {lr:g}: {rho}, n = {len(points)}")
+    print(f"rank correlation of weights score change and plateau length, lr {probes.rate(lr)}: {rho}, n = {len(points)}")
     return {"best_lr": lr, "weights_score_change_against_plateau_length": {"rho": rho, "n": len(points)}}
 
 
@@ -127,7 +127,7 @@ def plot(metrics: dict, path: Path) -> None:
     if not linear:  # there every read-out starts perfect
         heading += f"\nRuns whose weights component ends below its start: {count(lambda run: change(run) < 0)}"
     if several:
-        heading = f"Learning rate {lr:g}, the sweep's best; against the learning rate: below\n{heading}"
+        heading = f"Learning rate {probes.rate(lr)}, the sweep's best; against the learning rate: below\n{heading}"
     figure.suptitle(heading)
 
     probes.curves(a, groups, "steps", lambda run: [v and v / run["no_context_loss"] for v in run["loss"]])
@@ -205,8 +205,9 @@ def plot(metrics: dict, path: Path) -> None:
 
     if several:
         rates, (g, h, i) = sorted(args["lr"]), axes[2]
+        names = [*map(probes.rate, rates)]
         here = lambda m, rate: [run for run in metrics["runs"] if (run["difficulty"], run["lr"]) == (m, rate)]
-        probes.draw_groups(g, rates, {label(m): (colour, [here(m, rate) for rate in rates]) for m, colour in colours.items()})
+        probes.draw_groups(g, names, {label(m): (colour, [here(m, rate) for rate in rates]) for m, colour in colours.items()})
         g.set(title="(g) Plateau length against learning rate", xlabel="learning rate")
         spread = lambda run: run["spread"][-1][block]
         for ax, title, value in ((h, "(h) weights score, end minus start", change), (i, "(i) spread of the states at the end", spread)):
@@ -218,7 +219,7 @@ def plot(metrics: dict, path: Path) -> None:
             ax.set(title=title, xscale="log", yscale="log" if value is spread else "linear",
                    xlabel="learning rate (dotted: the sweep's best)")  # fmt: skip
             ax.minorticks_off()
-            ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+            ax.set_xticks(rates, names)
         h.legend(fontsize=8)
     probes.save_figure(path, figure)
 

@@ -293,6 +293,12 @@ def at_best_rate(metrics: dict, **only) -> list[dict]:
     return [run for run in metrics["runs"] if key(run) in best and all(run.get(k) == v for k, v in only.items())]
 
 
+def rate(lr: float) -> str:
+    """As it is typed on a command line: 5e-4."""
+    digits, power = f"{lr:e}".split("e")
+    return f"{float(digits):g}e{int(power)}"
+
+
 def table(metrics: dict) -> str:
     """The summary as a Markdown table (those of the README): a row per arm at its best rate, its differences at all rates last."""
     rows, rates = metrics["summary"], metrics["args"]["lr"]
@@ -304,7 +310,7 @@ def table(metrics: dict) -> str:
     for row in [row for row in rows if row["best_lr"]]:
         cells = {name: str(row[key]) for name, key in (("size", "size"), (symbol(metrics), "difficulty"), ("arm", "arm")) if wide(key)}
         cells |= {
-            "best rate": f"{row['lr']:g}",
+            "best rate": rate(row["lr"]),
             "plateau length, every seed": steps(row["plateau_lengths"]),
             "median": f"{row['plateau_length_median']:,.0f}",
             "left": f"{row['n'] - row['censored']} of {row['n']}",
@@ -317,7 +323,7 @@ def table(metrics: dict) -> str:
             cells["steps against the baseline, both at their best rate"] = best
             if len(rates) > 1:
                 at_rate = [differences(r, "paired_differences", [b for b in baseline if b["lr"] == r["lr"]]) for r in mine]
-                cells[f"both at {'; '.join(f'{rate:g}' for rate in rates)}"] = "; ".join(filter(None, at_rate))
+                cells[f"both at {'; '.join(map(rate, rates))}"] = "; ".join(filter(None, at_rate))
         lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], ["---"] * len(lines[0]), *[cells.values() for cells in lines]))
 
@@ -635,7 +641,7 @@ def draw_arms(metrics: dict, title: str, target: bool = True):
         known = COLOURS.get(re.sub(r":[^+]*$", "", arm))  # weights:0.1 is weights
         colours[arm] = known if known and known not in colours.values() else next(others)
     mine = lambda arm, lr: [run for run in here if (run["arm"], run["lr"]) == (arm, lr)]
-    label = lambda arm, lr: f"{arm} (lr {lr:g})" if len(rates) > 1 else arm
+    label = lambda arm, lr: f"{arm} (lr {rate(lr)})" if len(rates) > 1 else arm
     groups = {label(arm, lr): (colours[arm], mine(arm, lr)) for arm, lr in best.items()}
     budget, level, score = last["steps"][-1], metrics["reference"][str(m)], lambda key: lambda run: [row[block] for row in run[key]]
     figure, axes = plt.subplots(2, 3, figsize=(15, 8.4), layout="constrained")
@@ -675,11 +681,11 @@ def draw_arms(metrics: dict, title: str, target: bool = True):
         e.set(title="(e) The same with a converged probe", xlabel="step", xlim=0, ylabel=b.get_ylabel())
         return figure, f, colours
     if len(difficulties) == 1:
-        against, places, of = "learning rate", sorted(rates), mine
+        against, places, of, name = "learning rate", sorted(rates), mine, rate
     else:
-        against, places = "difficulty", difficulties
+        against, places, name = "difficulty", difficulties, str
         of = lambda arm, difficulty: [run for run in at_best if (run["arm"], run["difficulty"]) == (arm, difficulty)]
-    draw_groups(e, places, {arm: (colour, [of(arm, place) for place in places]) for arm, colour in colours.items()})
+    draw_groups(e, [*map(name, places)], {arm: (colour, [of(arm, place) for place in places]) for arm, colour in colours.items()})
     e.set(title=f"(e) Plateau length against {against}", xlabel=against)
     return figure, f, colours
 

@@ -1548,7 +1548,6 @@ def facts():
     change = lambda run, key, probe=-1: at(run, key, probe) - at(run, key, 0)
     steps = lambda values: " ".join("-" if value is None else f"{value:,}" for value in values)
     lengths = lambda runs, key="plateau_length": steps(run[key] for run in runs)
-    lax = lambda runs: steps(run["plateau_length_other_rules"]["0.9"] for run in runs)
     leave = lambda runs, lr=None: sum(not run["censored"] for run in runs if lr in (None, run["lr"]))
     show = lambda values, digits=2: " ".join(f"{value:.{digits}f}" for value in values)
     of = lambda name, **what: [run for run in asset(name)["runs"] if all(run[key] == value for key, value in what.items())]
@@ -1572,19 +1571,15 @@ def facts():
         runs = of("rates", difficulty=m, lr=2e-3)
         yield f"{changes(runs)} at m = {m}"
         context, where = [run["context_score"][-1][-1] for run in runs], "inf" if m == "inf" else f"m = {m}"
-        yield f"at {min(context):.2f} to {max(context):.2f} at {where}"
+        yield f"{min(context):.2f} to {max(context):.2f} at {where}"
         if m != 8:
             yield f"{show(context)} at {where}"
-    totals, best = {}, {}
+    totals = {}
     for lr in (5e-4, 1e-3, 2e-3):
         runs = of("rates", lr=lr)
         rho = probes.rank_correlation(*zip(*((probes.score_change(run), probes.budgeted_length(run)) for run in runs)))
-        yield f"{rho:.2f} at {lr:g}"
-        medians = {
-            row["difficulty"]: (row["plateau_length_median"], row["best_lr"]) for row in asset("rates")["summary"] if row["lr"] == lr
-        }
-        totals[lr] = sum(median for median, _ in medians.values())
-        best |= {m: lr for m, (_, is_best) in medians.items() if is_best}
+        yield f"{rho:.2f} at {probes.rate(lr)}"
+        totals[lr] = sum(row["plateau_length_median"] for row in asset("rates")["summary"] if row["lr"] == lr)
 
     def agreeing(difficulties, score):
         """Of the pairs of seeds at the same m and rate that differ, those in which the higher score goes with the shorter plateau."""
@@ -1596,15 +1591,12 @@ def facts():
     assert min(falling(run) or math.inf for run in of("rates") if run["difficulty"] != 1) > 750
     early = agreeing((8, 64, "inf"), lambda run: change(run, "weights_score", 3))
     yield f"the one with the higher score has the shorter plateau in {early}"
-    yield ", ".join(f"{total:,.0f} at {lr:g}" for lr, total in totals.items()) + " steps"
-    yield ", ".join(f"{best[m]:g} (m = {m})" for m in (1, 8, 64, "inf"))
+    yield ", ".join(f"{total:,.0f} at {probes.rate(lr)}" for lr, total in totals.items()) + " steps"
     falls = {lr: [-probes.score_change(run) for run in of("rates", difficulty="inf", lr=lr)] for lr in totals}
-    yield f"it falls by {min(falls[2e-3]):.3f} to {max(falls[2e-3]):.3f} at m = inf in five of five seeds, at m = 8 and 1 by " + (
-        f"{-min(probes.score_change(run) for run in of('rates', lr=2e-3) if run['difficulty'] in (1, 8)):.3f} at most"
-    )
-    yield f"At 2e-3 it falls at m = inf in all five runs, by {min(falls[2e-3]):.3f} to {max(falls[2e-3]):.3f}, and none leaves"
-    (back,) = of("rates", difficulty=1, lr=1e-3, seed=2)
-    yield f"leaves at {back['plateau_length']:,} and ends at {back['loss'][-1] / back['no_context_loss']:.2f} of the best loss without"
+    far = f"{min(falls[2e-3]):.3f} to {max(falls[2e-3]):.3f}"
+    yield f"at m = inf it falls by {far} at 2e-3, by {max(falls[5e-4]):.3f} at most at 5e-4"
+    easier = min(probes.score_change(run) for run in of("rates", lr=2e-3) if run["difficulty"] in (1, 8))
+    yield f"At 2e-3 it falls at m = inf in all five runs, by {far}, and none leaves; at m = 8 and 1 by {-easier:.3f} at most"
     sweeps = [lengths(of(name, difficulty=m, lr=5e-4)[:3]) for name in ("rates_bf16", "rates") for m in (1, "inf")]
     yield "at 5e-4 plateaus end at {} for m = 1 and {} for m = inf, in fp32 at {} and {}".format(*sweeps)
     stay = [fall for fall, run in zip(falls[1e-3], of("rates", difficulty="inf", lr=1e-3)) if run["censored"]]
@@ -1615,8 +1607,8 @@ def facts():
     )
     yield f"At 1e-3 and m = inf four of five fall, by {min(stay):.3f} to {max(stay):.3f}, and stay"
     yield f"({changes(of('rates', difficulty='inf', lr=5e-4))} at m = inf)"
-    newer = [of("plateau_newer", difficulty=m) for m in (1, 8, "inf")]
-    yield f"at {lengths(newer[0])} for m = 1 and {lengths(newer[1])} for m = 8, and at m = inf the score changes by {changes(newer[2])}:"
+    newer = [of("plateau_newer", difficulty=m) for m in (8, "inf")]
+    yield f"ends {leave(newer[0])} of 3 plateaus at m = 8, and at m = inf the score changes by {changes(newer[1])}"
     runs = of("plateau", difficulty="inf")
     falls = lambda key: sorted(-change(run, key) for run in runs)
     for key, words in (("weights_score", "the paper's probe"), ("weights_score_converged", "the converged one")):
@@ -1640,17 +1632,12 @@ def facts():
         wandered.append(max(map(apart, same)))
     yield "moved by up to {}, {} and {} steps at 5e-4, 1e-3 and 2e-3 where it left each time".format(*moved)
     yield "its score by {:.2f}, {:.2f} and {:.2f}".format(*wandered)
-    seed2 = [
-        of(name, arm="50% easy", lr=1e-3, seed=2)[-1]["plateau_length"] for name in ("mixture_sizes", "mixture_long", "mixture_fractions")
-    ]
-    yield "one mixed run left at {:,}, at {:,} and not within 3,000 steps".format(*seed2[:2] if seed2[2] is None else ())
     fallen = [run for runs in twins.values() for run in runs.values() if run["arm"] == "baseline" and probes.score_change(run) < -0.015]
     different = lambda chosen: sum(any(run is one for run in runs.values() for one in chosen) for runs in twins.values())
     lost = sorted(-change(run, "weights_score_converged") for run in fallen)
     small = [fall for fall in lost if fall < 0.0105]
     yield f"in {len(fallen)} baselines it falls by more than 0.015; the converged score falls by at most 0.01 in {len(small)} of them"
     yield f"of them, by up to {lost[-1]:.3f} in the others"
-    yield f"(the same seed and setting again where it was trained again: {different(fallen)} different ones)"
     for name, one, two in (("nlp", "on the plateau", 1), ("wordselect", "at step 200", 1)):
         runs = of(name, arm="baseline")
         start, low = ([at(run, "weights_score_converged", probe) for run in runs] for probe in (0, two))
@@ -1680,22 +1667,10 @@ def facts():
     rows += [[level[f"{key}_accuracy_by_position"] for level in levels] for key in ("pairwise", "bayes")]
     trained, alone, exact = (np.mean(row, 0) for row in rows)
     yield f"the accuracy is {show(trained[3:7])}, that of each pair by itself {show(alone[3:7])}, of exact Bayes {show(exact[3:7])}"
-    far = [[np.sqrt(np.mean((np.array(run) - level) ** 2)) for run in rows[0]] for level in (alone, exact)]
-    yield f"root mean square over all twelve positions {min(far[0]):.2f} to {max(far[0]):.2f} from the one, {min(far[1]):.2f} to"
-    yield f"to {max(far[1]):.2f} from the other"
     rises = sorted(map(probes.score_change, after))
     yield f"with a weights score {rises[0]:.3f} to {rises[-1]:.3f} above its start"
-    plain = {(run["lr"], run["seed"]): run for run in of("aux_loss", arm="baseline")}
-    arms = ("weights:0.1", "context:0.1", "shuffled:0.1")
-    pairs = {arm: [(run, plain[run["lr"], run["seed"]]) for run in of("aux_loss", arm=arm)] for arm in arms}
-    saved = {arm: [probes.budgeted_length(base) - probes.budgeted_length(run) for run, base in pairs[arm]] for arm in pairs}
-    neither = {arm: sum(run["censored"] and base["censored"] for run, base in pairs[arm]) for arm in pairs}
-    scores = [run["context_score"][-1][-1] for run, _ in pairs["context:0.1"]]
+    scores = [run["context_score"][-1][-1] for run in of("aux_loss", arm="context:0.1")]
     yield f"the context score of its runs ends at chance ({min(scores):.2f} to {max(scores):.2f})"
-    apart = [-v for (run, base), v in zip(pairs["context:0.1"], saved["context:0.1"]) if not (run["censored"] and base["censored"])]
-    yield f"in {neither['context:0.1']} of 15 pairs at equal rates neither run leaves, the others differ by " + "{}, {:+} and {:+}".format(
-        *apart
-    )
     share, scores = {"weights:0.1": [], "norm:0.01": []}, []
     for m, name in ((1, "aux_difficulties"), (8, "aux_difficulties"), ("inf", "aux_loss")):
         best = [run for run in probes.at_best_rate(asset(name), difficulty=m) if run["arm"] in ("baseline", *share)]
@@ -1717,16 +1692,10 @@ def facts():
     (wide,) = [row for row in wide if (row["batch"], row["lr"], row["difficulty"]) == (96, 5e-4, "inf")]
     twice, plain_batch = wide["plateau_lengths"], [run["plateau_length"] for run in of("aux_loss", arm="weights:0.1", lr=5e-4)]
     yield "({:,} and {:,} steps at 5e-4, with the loss {:,} and {:,}, seeds 0 and 1;".format(*twice, *plain_batch[:2])
-    yield "it saves {}, at least {} and at least {} of the plateau (median".format(*share["weights:0.1"])
+    yield "saves {}, at least {} and at least {} (median".format(*share["weights:0.1"])
     yield "it saves {}, at least {} and at least {} (median of the seeds".format(*share["weights:0.1"])
     yield "the penalty {}, at least {} and at least {}.".format(*share["norm:0.01"])
     yield f"the scores of the {len(scores)} change by {min(scores):+.3f} to {max(scores):+.3f}"
-    sooner = [v for v in saved["shuffled:0.1"] if v]
-    yield f"it is sooner in {len(sooner)} of 15 pairs, by {min(sooner)} to {max(sooner)} steps, and later in none"
-    slow = [v for (run, _), v in zip(pairs["weights:0.1"], saved["weights:0.1"]) if run["lr"] == 5e-4]
-    yield f"the weights loss saves {min(slow)} to {max(slow)} steps"
-    low = [-probes.score_change(run) for run in of("aux_loss", arm="baseline", lr=5e-4)]
-    yield f"at 5e-4, where no baseline falls by more than {max(low):.3f}"
     lost = [-change(run, "weights_score_converged") for run in of("aux_loss", arm="shuffled:0.1") if run["lr"] > 5e-4]
     lost = [fall for fall in lost if fall > 0.05]
     yield f"the converged score falls by {min(lost):.2f} to {max(lost):.2f} in {len(lost)} of 10 runs"
@@ -1735,14 +1704,6 @@ def facts():
     read = [reads(run, asked) for run in runs]
     reading, idle_readers = ([min(both) > 0.9 for both, run in zip(read, runs) if run["censored"] == stays] for stays in (False, True))
     yield f"{sum(reading)} of the {len(reading)} runs that leave read both, {sum(idle_readers)} of the {len(idle_readers)} that stay"
-    others = [both[1] for both, run in zip(read, runs) if not run["censored"] and min(both) < 0.9]
-    assert {run["seed"] for both, run in zip(read, runs) if not run["censored"] and min(both) < 0.9} == {3} and len(others) == 4
-    yield f"all of seed 3, read the sentiment at {min(others):.2f} to {max(others):.2f}"
-    early = [
-        (min(reads(run, asked, run["probe_steps"].index(800))) > 0.9, run["censored"]) for run in runs if probes.budgeted_length(run) > 800
-    ]
-    later, never = ([knows for knows, censored in early if censored == stays] for stays in (False, True))
-    yield f"at step 800 {sum(later)} of the {len(later)} runs that leave later read both, {sum(never)} of the {len(never)} that stay"
     mixed = [(min(both) > 0.9, not run["censored"]) for both, run in zip(read, runs) if run["arm"] == "mixture"]
     yield f"all {sum(a for a, _ in mixed)} mixed runs read both, and {sum(b for _, b in mixed)} leave"
     runs, older = of("nlp_order_long"), of("nlp_order_older")
@@ -1759,16 +1720,12 @@ def facts():
     )
     ends = [[run["loss"][-1] for run in of("ewt", arm=arm)] for arm in ("weights", "baseline")]
     assert sum(a < b for a, b in zip(*ends)) == 3
-    yield f"({show(ends[0])} against {show(ends[1])})."
     yield f"a grammar of {len({word for text in exp_nlp.grammar(3000)[0] for word in text})} words"
     error = lambda score, readings: (score * (1 - score) / readings) ** 0.5
     start = np.mean([run["initial_weights_score"] for run in of("plateau")])
     yield f"1,020 held-out readings make a standard error of about {error(start, 1020):.3f}"
     yield f"192 held-out sequences make a standard error of about {error(1 / 3, 192):.3f}"
     yield f"The untrained network reads {start:.2f} already (the image vectors themselves {asset('plateau')['raw_embedding_score']:.2f})"
-    named = lambda arm: " ".join(f"{np.mean(run['accuracy_by_position'][1:]):.0%}" for run in of("wordselect", arm=arm))
-    yield f"it names {named('baseline')} of the words"
-    yield f"and {named('weights')} are named"
     best = {row["arm"]: row for row in asset("wordselect")["summary"]}
     sooner = sorted(-steps for steps in best["weights"]["paired_differences"])
     yield f"four of five seeds are sooner, by {sooner[1]} to {sooner[-1]} steps, one {-sooner[0]} later"
@@ -1776,7 +1733,6 @@ def facts():
     weights, plain = of("nlp_arms", arm="weights", lr=2e-3), of("nlp_arms", arm="baseline", lr=1e-3)
     assert all(row["best_lr"] for row in asset("nlp_arms")["summary"] if (row["arm"], row["lr"]) in (("weights", 2e-3), ("baseline", 1e-3)))
     end = lambda runs: show(run["loss"][-1] for run in runs)
-    yield f"({lax(weights)} against {lax(plain)})"
     yield f"({end(weights)} against {end(plain)})"
     for arm in ("baseline", "weights:0.1", "norm:0.01"):
         runs = of("timing", arm=arm)
@@ -1786,12 +1742,6 @@ def facts():
     trained, key = of("timing", arm="weights:0.1"), "weights_score_converged"
     alone = [run for run in of("timing") if run["arm"] != "weights:0.1" and falling(run)]
     lag = lambda runs, *line: [up and up - falling(run) for run in runs for up in [rising(run, *line)]]  # None: never up
-    ahead = [*map(lead, alone)]
-    yield f"({min(ahead):+.3f} to {max(ahead):+.3f}) when the loss of baseline and penalty begins to fall"
-    half = lag(alone, 0.0075)
-    after = [late for late in half if late and late > 0]
-    assert len(half) == 9 and half.count(None) == 1 and [late for late in half if late and late < 0] == [-100] and len(after) == 7
-    yield f"it is up {min(after)} to {max(after)} steps later in seven of the nine runs, 100 steps before in one, never in one"
     grown = [lead(run, key) for run in trained]
     yield f"it has changed by {min(grown):+.3f} to {max(grown):+.3f} when the loss begins to fall"
     assert sum(late < 0 for late in lag(trained, 0.01, key) if late) == 1
@@ -1805,7 +1755,6 @@ def facts():
     yield f"Of the {sum(map(bool, held))} different runs of this page"
     helped = [[lead(run) > 0.01 for run in of(name, arm=arm) if not run["censored"]]
               for name, arm in (("aux_loss", "weights:0.1"), ("mixture_long", "50% easy"))]  # fmt: skip
-    yield f"in {sum(helped[1])} of {len(helped[1])} mixed runs the score is up by 0.01 or more"
     yield "{} of {} with the weights loss and {} of {} mixed with the easy task".format(*[f(h) for h in helped for f in (sum, len)])
     yield f"{sum(core_minutes(path) for path in (HERE / 'assets').glob('*.json')) / 60:.0f} hours of one CPU core"
     for row in re.findall(r"^\| .+assets/.+ \| \d+ \|$", README, re.M):
@@ -1851,18 +1800,13 @@ def facts():
             if (row["arm"], row["lr"]) == ("weights:0.1", 1e-3)}  # fmt: skip
     yield f"(Both at 1e-3, the medians are {slow[2]:.0f} and {slow[4]:.0f}.)"
     runs = of("warmup_long")
-    left, stayed = ([probes.score_change(run) for run in runs if run["censored"] == never] for never in (False, True))
-    above, below = sum(value > 0 for value in left), sum(value < 0 for value in stayed)
-    early = [lead(run) > 0 for run in runs if not run["censored"]]
-    yield f"At the end {above} of the {len(left)} runs that leave are above their start and {below} of the {len(stayed)} that stay below"
-    yield f"began to fall only {sum(early)} of the {len(early)} were"
     risen = lambda run, step: change(run, "weights_score", run["probe_steps"].index(step))
     fell = [run["censored"] for run in runs if risen(run, 1500) < -0.015]
     early_fallen = [run for run in runs if risen(run, 1500) < -0.015 and run["lr"] == 1e-3]
     short = sum(run["switch"] == 250 for run in early_fallen)
     yield f"({len(early_fallen)} of the {len(fell)} are at 1e-3, {short} of them after 250 steps of warm-up"
     assert all(fell) and all(run["censored"] or run["plateau_length"] > 1500 for run in runs)
-    yield f"the {len(fell)} runs that are damaged by then all stay, and of the other {len(runs) - len(fell)} {len(left)} leave"
+    yield f"the {len(fell)} runs that are damaged by then all stay, and of the other {len(runs) - len(fell)} {leave(runs)} leave"
     warm = [run for run in runs if run["switch"]]
     assert all(risen(run, run["switch"]) > 0 for run in warm)
     yield f"above its start in all {len(warm)} runs when the warm-up ends"
@@ -1874,7 +1818,6 @@ def facts():
     yield f"at 1e-3 {leave(of_1000[1e-3])} of 5 leave after 1,000 steps of it and {leave(plain[1e-3])} of 5 baselines"
     high = [of("warmup_high", arm=arm) for arm in ("switch 1000", "baseline")]
     assert leave(of("warmup_high")) == 0 and all(probes.score_change(a) > probes.score_change(b) for a, b in zip(*high))
-    yield f"({changes(high[0])} against {changes(high[1])} from the start)"
     yield f"({lengths(of_1000[5e-4], 'plateau_after_switch')} against {lengths(plain[5e-4])})"
     for name in ("pixels", "vae"):
         runs = of(name)
@@ -1892,9 +1835,6 @@ def facts():
     early = sorted(change(run, "weights_score", run["probe_steps"].index(480)) for run in mixed)
     assert min(run["loss"][run["steps"].index(480)] for run in mixed) > asset("mixture_long")["reference"]["inf"]["no_context_loss"]
     yield f"all {len(mixed)} mixed runs is up by {early[0]:.3f} to {early[-1]:.3f} at step 480, while no loss is below"
-    above = sum(probes.score_change(run) > 0 for run in mixed)
-    fell = sum(probes.score_change(run) < 0 for run in plain)
-    yield f"above its start in {above} of {len(mixed)} mixed runs, and below in {fell} of {len(plain)} baselines"
     saved = [[-v for v in row["paired_differences"]] for row in asset("mixture_long")["summary"] if row["arm"] == "50% easy"]
     assert [sum(v > 0 for v in row) for row in saved] == [2, 4, 5] and [sum(v < 0 for v in row) for row in saved] == [3, 1, 0]
     yield f"four of five seeds at 1e-3, by {sorted(saved[1])[1]:,} steps and more; five of five at 2e-3, by at least {min(saved[2])})"
@@ -1905,11 +1845,6 @@ def facts():
     yield f"of the baselines {leave(small)} of 15 with as much of the target task (batch 24), {leave(plain)} of 15 with twice as much"
     past = lambda runs: sum(run["plateau_length_other_rules"]["0.9"] is not None for run in runs)
     yield f"{past(foreign)} of 15 are below it, and {past(small)} of the 15 baselines with as much"
-    ends = [lax([run for run in runs if run["lr"] == lr]) for lr in (5e-4, 1e-3) for runs in (foreign, small)]
-    yield "(at 5e-4 at {} against {}, at 1e-3 at {} against {})".format(*ends)
-    yield "at {} and {}.".format(*[lax(run for run in mixed if run["lr"] == lr) for lr in (5e-4, 1e-3)])
-    fell = sorted(-probes.score_change(run) for run in small if run["lr"] == 5e-4 and run["censored"])
-    yield f"by {fell[0]:.3f} to {fell[-1]:.3f} in four of five seeds; the fifth leaves"
     of_context = [run["context_score"][-1][-1] for run in of("context") if run["arm"] != "baseline"]
     yield f"(its context score ends at {min(of_context):.2f} to {max(of_context):.2f}, chance 0.33); at weight 1"
     yield "at weight 1 {} of 5 leave, at 10 {}, without it {} (".format(
@@ -1925,15 +1860,11 @@ def facts():
     assert [leave(sized(size, True)) for size in sizes] == [5, 3, 1, 0, 0, 0]
     assert [leave(sized(size, False)) for size in sizes] == [1, 2, 0, 0, 0, 0]
     assert [past(sized("x 32", mixed)) for mixed in (True, False)] == [3, 0]
-    falls = [probes.score_change(run) for run in of("larger", arm="baseline")]
     spreads = [at(run, "spread") for run in of("larger", arm="baseline")]
     yield f"their spread grows from {at(of('larger')[0], 'spread', 0):.0f} to {min(spreads):.0f} and more"
     ends = [at(run, "weights_score") for run in of("larger", arm="baseline")]
     yield f"score falls from 0.88 to between {min(ends):.2f} and {max(ends):.2f}"
     low = {lr: of("larger_low", arm="baseline", lr=lr) for lr in (2.5e-4, 1.25e-4)}
-    fell = {lr: [-probes.score_change(run) for run in runs] for lr, runs in low.items()}
-    yield f"falls at 5e-4 by {-max(falls):.3f} to {-min(falls):.3f}, at 2.5e-4 by {min(fell[2.5e-4]):.3f} to {max(fell[2.5e-4]):.3f}"
-    yield f"at 1.25e-4, its best rate, by {max(fell[1.25e-4]):.3f} at most"
     yield f"At 2.5e-4 its score changes by {changes(low[2.5e-4])};"
     ends = [run["loss"][-1] for run in low[1.25e-4]]
     yield f"({changes(low[1.25e-4])}) and the loss of four has begun to fall (at the end {show(ends)},"
@@ -1944,19 +1875,11 @@ def facts():
     paired = [row["paired_mean_losses"] for name in ("larger", "larger_low") for row in asset(name)["summary"]]
     assert max(sum(paired, [])) < 0
     yield f"in all {sum(map(len, paired))} pairs, whether it is damaged or not"
-    least = [min(-v for v in row["paired_differences_best"]) for row in asset("larger")["summary"] if row["arm"] != "baseline"]
-    yield "sooner in five of five seeds, by at least {:,} and {:,} steps".format(*least)
-    slow = [probes.budgeted_length(run) for run in of("warmup_long", arm="baseline", lr=5e-4)]
-    for text, name, arm in (
-        ("norm at 1e-3 is sooner", "aux10", "norm:0.01"),
-        ("weights + norm", "aux10_controls", "weights:0.1+norm:0.01"),
-    ):
-        saved = [then - run["plateau_length"] for then, run in zip(slow, of(name, arm=arm, lr=1e-3))]
-        yield f"{text} by {' '.join(f'{steps:,}' for steps in saved)}"
+    yield f"the mean loss is lower in all {sum(map(len, paired))} pairs"
     spread = lambda name, **what: [at(run, "spread") for run in of(name, **what)]
-    with_penalty, without = spread("norm", arm="norm:0.01"), spread("norm", arm="baseline")
+    with_penalty, low = spread("norm", arm="norm:0.01"), spread("norm", arm="baseline", lr=1e-3)
     yield f"their spread ends at {min(with_penalty):.1f} to {max(with_penalty):.1f}"
-    yield f"reaches {max(without):.1f}"
+    assert sum(value < 5.3 for value in low) == 8
 
     # graded by difficulty, at every rate
     assert min(run["plateau_length"] or math.inf for run in of("rates")) > of("rates")[0]["probe_steps"][1] == 250
@@ -2041,7 +1964,6 @@ def facts():
     steps_ = exp_plateau.SCALES["shapes", "paper"]["steps"]
     yield f"{params / 1e6:.1f} million parameters and takes {steps_:,} steps of {flops.get_total_flops() / 1e12:.2f} TFLOP"
     ten_last = [np.mean(run["accuracy"][-10:]) for run in of("aux_after")]
-    yield f"averaged over the last ten evaluations {show(ten_last)}, its own {level['pairwise_accuracy']:.2f})"
     yield f"averaged over the last ten evaluations, of {show(ten_last)} (each pair by itself {level['pairwise_accuracy']:.2f})"
 
 
