@@ -156,13 +156,16 @@ def plot(metrics: dict, path: Path) -> None:
     for run in metrics["runs"]:
         base = baseline.get(same(run))
         if base and run is not base and run["arm"] in colours and probes.score_change(base) is not None:
-            saved = probes.budgeted_length(base) - probes.budgeted_length(run)
-            f.plot(probes.score_change(base), saved, "o", ms=4, color=colours[run["arm"]])
+            saved, face = probes.budgeted_length(base) - probes.budgeted_length(run), colours[run["arm"]]
+            neither = run["censored"] and base["censored"]
+            f.plot(probes.score_change(base), saved, "^" if neither else "o", ms=4, color=face, mfc="none" if neither else face)
     f.axhline(0, color="black", lw=1)
     f.axvline(0, color="black", ls="--", lw=1)
     if linear:
         f.set_xscale("symlog", linthresh=1e-4)
-    f.set(title="(f) Steps saved" + "; left of 0: dysfunction" * (not linear), ylabel="steps saved (same seed and rate)",
+    else:
+        f.locator_params(axis="x", nbins=6)
+    f.set(title="(f) Steps saved (\u25b3: neither leaves)", ylabel="steps saved (same seed and rate)",
           xlabel="baseline's weights score, end minus start" + " (an error)" * linear)  # fmt: skip
     probes.save_figure(path, figure)
 

@@ -110,7 +110,9 @@ def plot(metrics: dict, path: Path) -> None:
         probes.draw_groups(f, sizes, {arm: (colour, [here(arm, size) for size in sizes]) for arm, colour in colours.items()})
         f.set(title="(f) Against the size of the model", xlabel="blocks x width")
     else:
-        here = lambda mix, fraction: [run for run in at_best if run["fraction"] == fraction and (run["mix"] == mix or not fraction)]
+        here = lambda mix, fraction: [
+            run for run in at_best if run["fraction"] == fraction and (run["mix"] == mix if fraction else run["arm"] == "baseline")
+        ]
         fractions = sorted(args["fraction"])
         groups = {f"mixed with {mix}": (colour, [here(mix, fraction) for fraction in fractions])
                   for mix, colour in zip(args["mix"], plt.cm.tab10.colors)}  # fmt: skip

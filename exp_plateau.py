@@ -153,7 +153,7 @@ def plot(metrics: dict, path: Path) -> None:
     if linear:
         b.set_yscale("log")
     b.axhspan(*((max(start), b.get_ylim()[1]) if linear else (b.get_ylim()[0], min(start))), color="tab:red", alpha=0.07, lw=0)
-    b.text(budget, np.median(start), "at initialisation", ha="right", va="bottom", **probes.READABLE)
+    b.text(budget, np.median(start), "at initialisation", ha="right", va="top", **probes.READABLE)
     b.set(title=f"(b) Weights component (block {block + 1}, no context)", xlabel="step", xlim=0,
           ylabel="weights score: error, lower is better" if linear else "weights score")  # fmt: skip
     b.legend(fontsize=8, title="dimension" if linear else "mappings", title_fontsize=8)
@@ -162,7 +162,7 @@ def plot(metrics: dict, path: Path) -> None:
         probes.curves(c, groups, "probe_steps", lambda run: [row[-1] for row in run["context_score"]])
         chance = 1 if linear else 1 / len(args["ask"])
         c.axhline(chance, color="black", ls="--", lw=1)
-        c.text(budget, chance, "chance", ha="right", va="bottom", **probes.READABLE)
+        c.text(budget, chance, "chance", ha="right", va="top" if linear else "bottom", **probes.READABLE)
     c.set(title="(c) Context component (last block)", xlabel="step", xlim=0,
           ylabel="hidden vector w: error, lower is better" if linear else "which factor is asked: accuracy")  # fmt: skip
 

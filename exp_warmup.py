@@ -115,12 +115,13 @@ def plot(metrics: dict, path: Path) -> None:
     for axes in figure.axes[:2]:
         for switch in metrics["args"]["switch"]:
             axes.axvline(switch, color="grey", ls="--", lw=0.7)
-    figure.axes[0].text(
-        max(metrics["args"]["switch"]), figure.axes[0].get_ylim()[1], " until here: warm-up (off scale)", va="top", fontsize=8
-    )
     last, switches = metrics["runs"][-1]["difficulty"], sorted(metrics["args"]["switch"])
+    if switches[-1]:
+        figure.axes[0].text(switches[-1], figure.axes[0].get_ylim()[1], " until here: warm-up", va="top", fontsize=8)
     at_best = probes.at_best_rate(metrics, difficulty=last)
-    here = lambda keep, switch: [run for run in at_best if run["switch"] == switch and (run["keep"] == keep or not switch)]
+    here = lambda keep, switch: [
+        run for run in at_best if run["switch"] == switch and (run["keep"] == keep if switch else run["arm"] == "baseline")
+    ]
     groups = {f"keep {keep}": (colour, [here(keep, switch) for switch in switches])
               for keep, colour in zip(metrics["args"]["keep"], plt.cm.tab10.colors)}  # fmt: skip
     probes.draw_groups(f, switches, groups)

@@ -225,13 +225,15 @@ class Adam:
             state[param][run] = 0
 
     def state_dict(self) -> dict:
-        return {"mean": self.mean, "square": self.square, "count": self.count}
+        """Tensors; lr is among them, since a schedule may have changed it."""
+        return {"mean": self.mean, "square": self.square, "count": self.count, "lr": self.lr}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        for name, ours in self.state_dict().items():
-            for a, b in zip(ours, state[name], strict=True):
+        for name in ("mean", "square", "count"):
+            for a, b in zip(getattr(self, name), state[name], strict=True):
                 a.copy_(b)
+        self.lr = state["lr"]  # not in place: a script may hold the old tensor, to compute a schedule from
 
 
 # ---------------------------------------------------------------------------------------------- the machine

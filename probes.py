@@ -31,6 +31,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import traceback
 from datetime import timedelta
 from pathlib import Path
 
@@ -56,7 +57,7 @@ PROBE_STEPS, PROBE_BATCH, PROBE_RATE = 782, 128, 1e-3  # steps and rate of the p
 MOST_TOKENS = 2**20  # in one pass of a probe, which keeps the states of every block
 ESCAPE = 0.8  # of the best loss without context: Kim et al. (arXiv 2410.05448); a learner of the label set alone stays above
 COMPLETE = 0.95  # of the Bayes accuracy; in regression: loss within 0.1 of the Bayes loss
-READABLE = dict(fontsize=8, bbox=dict(fc="white", ec="none", alpha=0.8, pad=0.5))  # words on top of curves
+READABLE = dict(fontsize=8, zorder=1.9, bbox=dict(fc="white", ec="none", alpha=0.8, pad=0.5))  # words under the curves, over the levels
 COLOURS = {"baseline": "black", "weights": "tab:blue", "norm": "tab:orange", "context": "tab:green"}  # the same in every figure
 
 
@@ -296,7 +297,7 @@ def at_best_rate(metrics: dict, **only) -> list[dict]:
 def rate(lr: float) -> str:
     """As it is typed on a command line: 5e-4."""
     digits, power = f"{lr:e}".split("e")
-    return f"{float(digits):g}e{int(power)}"
+    return f"{float(digits):g}e{int(power)}" if lr < 0.01 else f"{lr:g}"
 
 
 def table(metrics: dict) -> str:
@@ -340,8 +341,10 @@ def verdicts(metrics: dict) -> str:
         line += f"(sign test p = {sign_test(sooner, later):.2g}), median {row['paired_differences_best_median']:+,.0f} steps"
         if losses:
             line += f"; mean loss lower in {lower} of {len(losses)}, higher in {higher} (p = {sign_test(lower, higher):.2g}), "
-            line += f"median {statistics.median(losses):+.3f}"
+            line += f"median {statistics.median(losses):+.2g}"
         lines.append(line + f"; {len(steps) - len(losses)} of the pairs diverged" * (len(losses) < len(steps)))
+    if lines and all(row["censored"] == row["n"] for row in metrics["summary"]):
+        lines.append("note: no run left the plateau within --steps, so its length says nothing yet")
     if lines and len(metrics["args"]["lr"]) == 1:
         lines.append("note: one learning rate, which may suit one arm more than another; give several, as in --lr 5e-4 1e-3 2e-3")
     return "\n".join(lines)
@@ -478,7 +481,7 @@ class Record:
             self.seconds["probing"] += time.perf_counter() - began
 
     def line(self, first: int, seconds: float) -> str:
-        """The newest evaluation: medians over seeds of loss, accuracy and weights score, speed, time left."""
+        """The newest evaluation: medians over seeds and rates of loss, accuracy and weights score, speed, time left."""
         loss, accuracy = self.loss[-1], self.accuracy[-1]
         weights = [blocks[self.block] for blocks in self.scores[-1]["weights_score"]]
         step, symbol = self.steps[-1], "m" if self.world.n_label else "d"
@@ -491,7 +494,7 @@ class Record:
         self.mark = self.mark or (step, seconds) if step > first else None  # the first interval holds the compilation
         pace = (seconds - self.mark[1]) / (step - self.mark[0]) if self.mark and step > self.mark[0] else 0
         left = f"{1000 * pace:.0f} ms/step, {(self.budget - step) * pace / 60:.1f} min left"
-        left = left if pace else "held-out loss, " + "accuracy, " * bool(self.world.n_label) + "weights score"
+        left = left if pace else "medians of held-out loss, " + "accuracy, " * bool(self.world.n_label) + "weights score"
         return f"{step:6d} {step / self.budget:4.0%} | " + " | ".join(parts) + f" | {left}"
 
     def save_checkpoint(self, path: Path, step: int) -> None:
@@ -659,7 +662,7 @@ def draw_arms(metrics: dict, title: str, target: bool = True):
     a.axhline(ESCAPE * level["no_context_loss"], color="black", ls=":", lw=1)
     a.text(0.01 * budget, ESCAPE * level["no_context_loss"], "below: plateau is over", va="bottom", **READABLE)
     a.set(title="(a) Target task, each arm at its best rate", xlabel="step", ylabel="held-out loss", xlim=0,
-          ylim=(0, 1.3 * level["no_context_loss"]))  # fmt: skip
+          ylim=(0, max(1.3 * level["no_context_loss"], *(1.05 * (run["loss"][0] or 0) for run in here))))  # fmt: skip
     a.legend(fontsize=7, loc="lower left")
     curves(b, groups, "probe_steps", score("weights_score"))
     b.axhline(np.median([run["initial_weights_score"] for run in here]), color="black", ls="--", lw=1)
@@ -678,7 +681,7 @@ def draw_arms(metrics: dict, title: str, target: bool = True):
     difficulties = list(dict.fromkeys(run["difficulty"] for run in metrics["runs"]))
     if len(difficulties) == len(rates) == 1:  # nothing to compare: what is there at all?
         curves(e, groups, "probe_steps", score("weights_score_converged"))
-        e.set(title="(e) The same with a converged probe", xlabel="step", xlim=0, ylabel=b.get_ylabel())
+        e.set(title="(e) Weights component, converged probe", xlabel="step", xlim=0, ylabel=b.get_ylabel())
         return figure, f, colours
     if len(difficulties) == 1:
         against, places, of, name = "learning rate", sorted(rates), mine, rate
@@ -718,10 +721,12 @@ def command(arguments, runs_of, train, plot, conclude=lambda metrics: {}) -> Non
             if len(arms) > 1 and "baseline" not in arms:
                 print("note: no arm is called baseline, so nothing is paired")
             plot(metrics, out / "figure.png")
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             if not args.replot:
                 raise
-            raise UsageError(f"--replot: metrics.json in {out} is not what this script writes; train again") from None
+            here = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == Path(__file__).parent]
+            where = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}, {Path(here[-1].filename).name} line {here[-1].lineno}"
+            raise UsageError(f"--replot: metrics.json in {out} is not what this script writes, or plot has a mistake ({where})") from None
         return
     except (UsageError, OSError) as error:  # OSError: a folder that torch or the system keeps its own files in
         message = f"error: {error}"
@@ -748,6 +753,10 @@ def train_programs(args, runs: list[dict], train) -> dict | None:
     Runs are dealt out to the processes, and cut into programs of one size and at most --runs-per-program runs (0: all).
     train(args, runs, checkpoint name) trains one program and returns Record.metrics. Processes meet only at the end.
     """
+    for run in runs:
+        missing = [key for other in runs for key in other if key not in run]
+        if missing:
+            raise UsageError(f"arm {run['arm']} has no {missing[0]}: in arms() give every arm every key, the baseline too")
     names = [tuple(str(run.get(key)) for key in ("arm", "difficulty", "lr", "seed", "size")) for run in runs]
     twice = [name for name in names if names.count(name) > 1]
     if twice:

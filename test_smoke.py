@@ -227,6 +227,14 @@ def test_adam_equals_torch_for_every_run():
                 torch.testing.assert_close(p[run], q[0], atol=1e-6, rtol=1e-5)
 
 
+def test_a_schedule_survives_a_checkpoint():
+    optimizer, resumed = (Adam(GPT(Config(**TINY), [0, 1]), [1e-3, 2e-3]) for _ in range(2))
+    start, base = optimizer.lr.clone(), resumed.lr
+    optimizer.lr = optimizer.lr * torch.tensor([0.5, 1.0]).view(-1, 1, 1)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert torch.equal(resumed.lr, optimizer.lr) and not torch.equal(resumed.lr, start) and torch.equal(base, start)
+
+
 def test_bf16_keeps_the_residual_stream_in_fp32_and_gives_nearly_the_same_gradients():
     model = GPT(Config(**TINY), [0])
     x, y, label = tiny_batch(1)
@@ -673,9 +681,11 @@ def test_summary_pairs_by_seed_and_counts_censored_runs():
     assert fast["paired_differences"] == [60, 60, 60] and fast["paired_differences_median"] == 60
     runs[3]["loss"] = [1.0, 0.4]
     said = "new, m = 3: leaves sooner than the baseline in 1 of 3 seeds, later in 2 (sign test p = 1), median +20 steps; " \
-           "mean loss lower in 1 of 3, higher in 0 (p = 1), median +0.000"  # fmt: skip
+           "mean loss lower in 1 of 3, higher in 0 (p = 1), median +0"  # fmt: skip
     assert probes.verdicts({"summary": probes.summarise(runs), "args": {"lr": [1.0, 2.0]}}) == said
     assert probes.verdicts({"summary": probes.summarise(runs), "args": {"lr": [1.0]}}).startswith(f"{said}\nnote: one learning rate")
+    stuck = {"summary": probes.summarise([made_run(arm, 0, None) for arm in ("baseline", "new")]), "args": {"lr": [1.0, 2.0]}}
+    assert "note: no run left" in probes.verdicts(stuck)
     runs[3] |= {"final_weights_score": None, "loss": [1.0, None]}  # diverged: its place stays
     assert probes.summarise(runs)[1]["paired_mean_losses_best"] == [None, 0, 0]
     said = said.replace("in 1 of 3, higher", "in 0 of 2, higher") + "; 1 of the pairs diverged"
@@ -710,6 +720,16 @@ def test_a_bold_curve_is_the_median_of_the_seeds_that_have_not_diverged():
     runs = [dict(steps=[0, 1], loss=loss) for loss in ([1.0, 0.5], [1.0, None], [3.0, 0.75])]
     probes.curves(ax, {"a": ("k", runs)}, "steps", lambda run: run["loss"])
     assert ax.lines[-1].get_ydata().tolist() == [1.0, 0.625]
+
+
+def test_an_arm_without_a_key_that_another_has_is_named():
+    runs = [dict(arm="baseline", difficulty=1, lr=1, seed=0, mine=0), dict(arm="new", difficulty=1, lr=1, seed=0)]
+    with pytest.raises(UsageError, match="arm new has no mine"):
+        probes.train_programs(None, runs, None)
+
+
+def test_learning_rates_are_written_as_typed():
+    assert [probes.rate(lr) for lr in (5e-4, 1.25e-4, 1e-3, 0.01, 1.0)] == ["5e-4", "1.25e-4", "1e-3", "0.01", "1"]
 
 
 def test_rank_correlation():
@@ -1128,6 +1148,7 @@ def test_a_result_is_overwritten_on_demand_only_and_the_same_command_gives_the_s
         (tmp_path / "metrics.json").write_text(text)
         said = run(f"exp_plateau.py --replot --out {tmp_path}", expect=2, figure=True).stderr.splitlines()
         assert len(said) == 1 and "--replot" in said[0]
+    assert "plot has a mistake (" in said[0] and re.search(r"\.py line \d+\)$", said[0])
 
 
 def test_full_disk_and_full_memory_are_one_line(tmp_path, monkeypatch):
@@ -1444,7 +1465,7 @@ TABLES = re.findall(r"<!-- (assets/\w+\.json) -->\n((?:\|.*\n)+)", README)
 
 
 def test_the_readme_has_commands_diffs_and_tables():
-    assert len(COMMANDS) >= 10 and len(DIFFS) == 4 and len(TABLES) >= 5
+    assert len(COMMANDS) >= 10 and len(DIFFS) == 5 and len(TABLES) >= 5
 
 
 @pytest.mark.parametrize("command", sorted({c.strip() for c in COMMANDS if c.split(".")[0] not in {mine for _, mine, _ in DIFFS}}))
