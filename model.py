@@ -258,6 +258,7 @@ def pick_device(device: str, precision: str) -> tuple[torch.device, str]:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # what the compiler asks for
             torch.set_float32_matmul_precision("highest")  # measures are fp32, whatever the system's default
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums over all tokens of a run
             torch.backends.cuda.enable_cudnn_sdp(False)  # which releases choose it differs, and so do its results
         else:
             keep_memory()
@@ -283,13 +284,14 @@ def autocast(device: torch.device, precision: str):
 
 
 def compile_blocks(model: GPT) -> None:
-    """One compiled block serves all layers. A CPU without a C++ compiler trains uncompiled, slower."""
+    """One compiled block serves all layers. A machine without a compiler (C for a GPU, C++ for a CPU) trains uncompiled, slower."""
     torch.compiler.reset()  # what another size compiled before must not matter
-    if next(model.parameters()).is_cuda or shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++"):
+    named, *usual = ("CC", "gcc", "clang") if next(model.parameters()).is_cuda else ("CXX", "c++", "g++")
+    if any(map(shutil.which, [os.environ.get(named, usual[0]), *usual])):
         for block in model.blocks:
             block.compile()
     else:
-        print("no C++ compiler found: training without torch.compile, about 1.3 times slower")
+        print("no C or C++ compiler found: training without torch.compile, slower")
 
 
 # ---------------------------------------------------------------------------------------------- how fast

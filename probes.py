@@ -151,7 +151,7 @@ def states(model, x: torch.Tensor, y: torch.Tensor | None = None, mixing: str = 
     size = max(1, min(MOST_TOKENS // tokens, 65_000 // (len(x) * model.config.n_head)))  # a GPU's attention kernels take no more
     parts = zip(x.split(size, 1), y.split(size, 1) if y is not None else itertools.repeat(None))
     at_x = lambda hidden: torch.stack([model.at_x(h, with_labels=y is not None)[:, :, -1 if last else 0 :] for h in hidden], 1)
-    return torch.cat([at_x(model(*part, mixing=mixing, hidden=True)[1]) for part in parts], 2).nan_to_num()
+    return torch.cat([at_x(model(*part, mixing=mixing, hidden=True)[1]) for part in parts], 2).nan_to_num(0, 0, 0)
 
 
 class Prober:
