@@ -1983,6 +1983,10 @@ def facts():
     left = [leave(plain10, lr) for lr in (5e-4, 1e-3)]
     yield f"All {leave(mixed10)} mixed runs leave, of the baselines {left[0]} of 10 at 5e-4 and {left[1]} of 10 at 1e-3"
     up = [sum(probes.score_change(run) > 0 for run in runs) for runs in (mixed10, plain10)]
+    rows = {row["lr"]: row for row in asset("mixture10")["summary"] if row["arm"] == "50% easy"}
+    best = sorted(rows[1e-3]["paired_differences_best"])
+    yield f"is sooner in six of ten seeds, by up to {-best[0]:,} steps, and later in four, by up to {best[-1]:,}"
+    assert [counts(rows[lr]["paired_differences"]) for lr in (5e-4, 1e-3)] == [[4, 6], [8, 2]]
     yield f"The score of all {up[0]} ends above its start, that of {20 - up[1]} of the 20 baselines below"
     began = [sum(falling(run) is not None for run in of(name, arm=arm)) for name, arm in
              (("mixture_long", "50% unrelated"), ("mixture_batch24", "baseline"))]  # fmt: skip
