@@ -1567,6 +1567,7 @@ TEN = (  # the comparisons that have ten seeds
     ("penalty, images", "aux10", "norm:0.01"),
     ("both, images (1e-3 only)", "aux10_controls", "weights:0.1+norm:0.01"),
     ("mixing, images", "mixture10", "50% easy"),
+    ("warm-up, images", "warmup10", "switch 1000"),
     ("weights loss, text", "nlp_arms", "weights"),
     ("penalty, text", "nlp_arms", "norm"),
     ("context loss, text", "nlp_arms", "context"),
@@ -1584,6 +1585,7 @@ def facts():
     steps = lambda values: " ".join("-" if value is None else f"{value:,}" for value in values)
     lengths = lambda runs, key="plateau_length": steps(run[key] for run in runs)
     leave = lambda runs, lr=None: sum(not run["censored"] for run in runs if lr in (None, run["lr"]))
+    past = lambda runs: sum(run["plateau_length_other_rules"]["0.9"] is not None for run in runs)
     show = lambda values, digits=2: " ".join(f"{value:.{digits}f}" for value in values)
     of = lambda name, **what: [run for run in asset(name)["runs"] if all(run[key] == value for key, value in what.items())]
 
@@ -1863,6 +1865,18 @@ def facts():
     plain = {lr: of("warmup_long", arm="baseline", lr=lr) for lr in of_1000}
     assert leave(run for run in warm if run["switch"] == 250) == 0
     yield f"at 1e-3 {leave(of_1000[1e-3])} of 5 leave after 1,000 steps of it and {leave(plain[1e-3])} of 5 baselines"
+    warm10, plain10 = ({lr: of("warmup10", arm=arm, lr=lr) for lr in of_1000} for arm in ("switch 1000", "baseline"))
+    again = [leave(run for run in some[1e-3] if run["seed"] < 5) for some in (warm10, plain10)]
+    yield "(above) {} and {} of the same five seeds do".format(*again)
+    counted = [(warm["plateau_after_switch"] or 4000) - probes.budgeted_length(run) for warm, run in zip(warm10[5e-4], plain10[5e-4])]
+    assert counts(counted) == [6, 3]
+    up, fell = ([sum(f(probes.score_change(run)) for run in some[1e-3]) for some in (warm10, plain10)]
+                for f in (lambda value: value > 0, lambda value: value < -0.015))  # fmt: skip
+    yield f"where {fell[1]} of 10 baselines are damaged, it keeps the component whole (the score of {up[0]} of 10 ends above its start)"
+    late = [leave(some[1e-3]) for some in (warm10, plain10)]
+    yield f"but {late[0]} of 10 leave within 4,000 steps, of the baselines {late[1]};"
+    yield f"{late[0]} of 10 leave, {late[1]} of 10 baselines; after 250"
+    yield "without context, {} and {}.".format(*(past(some[1e-3]) for some in (warm10, plain10)))
     high = [of("warmup_high", arm=arm) for arm in ("switch 1000", "baseline")]
     assert leave(of("warmup_high")) == 0 and all(probes.score_change(a) > probes.score_change(b) for a, b in zip(*high))
     yield f"({lengths(of_1000[5e-4], 'plateau_after_switch')} against {lengths(plain[5e-4])})"
@@ -1890,7 +1904,6 @@ def facts():
     small = of("mixture_batch24")
     yield f"{leave(small)} of its 15 runs leaves, of those mixed with the easy task all {leave(mixed)}"
     yield f"of the baselines {leave(small)} of 15 with as much of the target task (batch 24), {leave(plain)} of 15 with twice as much"
-    past = lambda runs: sum(run["plateau_length_other_rules"]["0.9"] is not None for run in runs)
     yield f"{past(foreign)} of 15 are below it, and {past(small)} of the 15 baselines with as much"
     of_context = [run["context_score"][-1][-1] for run in of("context") if run["arm"] != "baseline"]
     yield f"(its context score ends at {min(of_context):.2f} to {max(of_context):.2f}, chance 0.33; `python exp_aux_loss"
