@@ -332,7 +332,7 @@ def table(metrics: dict) -> str:
 def verdicts(metrics: dict) -> str:
     """In words, a line per arm, difficulty and size, against the baseline, both at their best rate: in how many seeds it leaves the
     plateau sooner, and in how many its mean loss is lower. Pairs with a diverged run have no mean loss."""
-    lines, signs = [], lambda values: (sum(v < 0 for v in values), sum(v > 0 for v in values))
+    lines = []
     for row in [row for row in metrics["summary"] if row["paired_differences_best"]]:
         steps, losses = row["paired_differences_best"], [v for v in row["paired_mean_losses_best"] if v is not None]
         (sooner, later), (lower, higher) = signs(steps), signs(losses)
@@ -348,6 +348,11 @@ def verdicts(metrics: dict) -> str:
     if lines and len(metrics["args"]["lr"]) == 1:
         lines.append("note: one learning rate, which may suit one arm more than another; give several, as in --lr 5e-4 1e-3 2e-3")
     return "\n".join(lines)
+
+
+def signs(values: list[float]) -> tuple[int, int]:
+    """How many are below and above zero: of paired differences, how many are better and worse."""
+    return sum(value < 0 for value in values), sum(value > 0 for value in values)
 
 
 def sign_test(less: int, more: int) -> float:
@@ -753,8 +758,9 @@ def train_programs(args, runs: list[dict], train) -> dict | None:
     Runs are dealt out to the processes, and cut into programs of one size and at most --runs-per-program runs (0: all).
     train(args, runs, checkpoint name) trains one program and returns Record.metrics. Processes meet only at the end.
     """
+    every = dict.fromkeys(key for run in runs for key in run)
     for run in runs:
-        missing = [key for other in runs for key in other if key not in run]
+        missing = [key for key in every if key not in run]
         if missing:
             raise UsageError(f"arm {run['arm']} has no {missing[0]}: in arms() give every arm every key, the baseline too")
     names = [tuple(str(run.get(key)) for key in ("arm", "difficulty", "lr", "seed", "size")) for run in runs]
