@@ -1,15 +1,14 @@
-"""Extra losses on the plateau (claim 7; the paper's Fig. 5C), the controls that could explain them away, and `norm`, our own.
+"""Extra losses on the plateau (claim 7; the paper's Fig. 5C), controls that could explain them away, our own `norm`.
 
-    python exp_aux_loss.py                                              hardest task, laptop scale
-    python exp_aux_loss.py --loss none weights:0.1 weights:1 norm       a weight after the colon
-    python exp_aux_loss.py --loss none weights norm weights+norm        losses added up
-    python exp_aux_loss.py --lr 5e-4 1e-3 2e-3                          every arm also at its own best learning rate
-    python exp_aux_loss.py --task linear                                linear regression; difficulty is the dimension (claim 8)
+    python exp_aux_loss.py                                            hardest task, laptop scale
+    python exp_aux_loss.py --loss none weights:0.1 weights:1 norm     a weight after the colon
+    python exp_aux_loss.py --loss none weights norm weights+norm      losses added up
+    python exp_aux_loss.py --embedding onehot                         for an oracle, its weights component perfect
+    python exp_aux_loss.py --task linear                              linear regression (claim 8)
 
-Total loss = label loss + weight x extra loss, the extra loss read from the final layer at every x position, with context visible:
-  weights   all factor values of x_i (cross-entropy)             context  which factor the sequence asks for
-  shuffled  the values of another, fixed image instead of x_i's: the same gradient load, no information about the factors
-            (it can only be met by telling images apart one by one)
+Total loss = label loss + weight x extra loss, which is read from the final layer at every x, with context visible:
+  weights   all factor values of x_i: cross-entropy, mean over factors      context  which factor the sequence asks for
+  shuffled  the values of another, fixed image instead of x_i's: the same load, no information about the factors
   norm      mean square of the residual stream after each block; needs no labels
 In regression: weights = x_i itself (squared error / d), context = the hidden w, shuffled = the x_i of another sequence.
 Cheap explanations, as further arms: decay (decoupled weight decay), clip (gradient norm), epsilon (Adam's).
@@ -18,122 +17,118 @@ Arms of one seed start from the same weights and see the same batches; all are j
 
 import argparse
 import math
-from pathlib import Path
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait sleep
 
 import torch
 from einops import rearrange
 
 import probes
-from model import GPT, Adam, Config, Linear, autocast, compile_blocks, pick_device
-from tasks import FACTORS, SIZES, Regression, UsageError, mappings, parse_difficulty, sequence_numbers, shapes
+from model import GPT, Adam, Config, Linear, compile_blocks, pick_device
+from tasks import FACTORS, SIZES, Regression, mappings, parse_difficulty, sequence_numbers, shapes
 
-LOSSES = dict(
-    none=0.0, weights=None, context=None, shuffled=None, norm=0.01, decay=1.0, clip=0.2, epsilon=1e-4
-)  # default weight; None: --weight
-
-EXTRAS = ["none", "weights", "context", "shuffled", "norm"]
-SCALES = {  # defaults only: any flag overrides them
-    ("shapes", "laptop"): dict(loss=["none", "weights", "norm"], difficulty=[math.inf], lr=[1e-3], embedding="code",
-                               factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5, sequences=0, steps=1400, batch=48,
-                               pairs=12, n_layer=3, n_head=2, d_model=64, evaluations=100, probes=5),
-    ("shapes", "paper"): dict(loss=EXTRAS, difficulty=[20000], lr=[1e-4], embedding="code",
-                              factors=SIZES, ask=FACTORS, code_width=768, code_gain=2.5, sequences=100_000, steps=46860, batch=128,
-                              pairs=40, n_layer=12, n_head=4, d_model=128, evaluations=240, probes=30),
-    ("linear", "laptop"): dict(loss=["none", "weights", "norm"], difficulty=[2, 4], lr=[1e-3], noise=0.0, sequences=0, steps=2000,
-                               batch=32, n_layer=3, n_head=2, d_model=32, evaluations=80, probes=5),
-    ("linear", "paper"): dict(loss=["none", "weights", "norm"], difficulty=[5, 10, 20, 30, 40, 50], lr=[1e-4], noise=0.0, sequences=0,
-                              steps=200_000, batch=64, n_layer=12, n_head=4, d_model=128, evaluations=400, probes=20),
+WEIGHTS = dict(weights=0.3, context=0.3, shuffled=0.3, norm=0.01, decay=1.0, clip=0.2, epsilon=1e-4)  # of each arm
+SHAPES = {
+    "laptop": dict(difficulty=[math.inf],
+                   lr=[5e-4], steps=2000, batch=48, pairs=12, n_layer=3, n_head=2, d_model=64, evaluations=80, probes=4,
+                   embedding="code", code_width=32, code_gain=2.5, code_seed=0, factors=[4, 4, 4, 4, 4, 1],
+                   ask=["floor_hue", "wall_hue"], sequences=0),
+    "paper": dict(difficulty=[20000],
+                  lr=[1e-4], steps=46860, batch=128, pairs=40, n_layer=12, n_head=4, d_model=128, evaluations=240,
+                  probes=30, embedding="code", code_width=768, code_gain=2.5, code_seed=0, factors=list(SIZES),
+                  ask=list(FACTORS), sequences=100_000),
+}  # fmt: skip
+LINEAR = {
+    "laptop": dict(difficulty=[2, 4], lr=[1e-3], steps=2000, batch=32, pairs=9, n_layer=3, n_head=2, d_model=32,
+                   evaluations=80, probes=5, sequences=0),
+    "paper": dict(difficulty=[5, 10, 20, 30, 40, 50], lr=[1e-4], steps=200_000, batch=64, pairs=101, n_layer=12,
+                  n_head=4, d_model=128, evaluations=400, probes=20, sequences=0),
 }  # fmt: skip
 
 
-def arguments() -> argparse.Namespace:
-    parser, exp = probes.script_parser(__file__, __doc__, SCALES)
-    exp.add_argument("--task", choices=("shapes", "linear"), default="shapes", help="images with factors, or linear regression")
-    exp.add_argument("--difficulty", type=parse_difficulty, nargs="+",
-                     help="shapes: mappings in play, inf = always fresh; linear: dimension d; one or several")  # fmt: skip
-    exp.add_argument("--loss", type=parse_arm, nargs="+",
-                     help=f"arms: {', '.join(LOSSES)}; weights:0.3 sets a weight, weights+norm adds losses up")  # fmt: skip
-    exp.add_argument("--weight", type=float, nargs="+", default=[0.1],
-                     help="of the losses without one of their own: weights, context, shuffled (default 0.1)")  # fmt: skip
-    exp.add_argument("--noise", type=float, help="linear: standard deviation of the noise on y (default 0)")
-    exp.add_argument("--pairs", type=int, help="(x, y) pairs per sequence; linear: 2 x the largest d + 1 by default")
-    exp.add_argument("--n-layer", type=int, help="blocks")
-    exp.add_argument("--d-model", type=int, help="width")
-    args = parser.parse_args()
-    probes.check(args, SCALES[args.task, args.scale])
-    args.pairs = args.pairs or 2 * int(max(args.difficulty)) + 1
-    if args.task == "shapes" and len(args.ask) == 1 and any("context" in text for text in args.loss):
-        raise UsageError("--ask: with one asked factor the context loss has nothing to read; ask two or leave that arm out")
-    if args.task == "linear" and args.batch == 1 and any("shuffled" in text for text in args.loss):
-        raise UsageError("--batch 1: leaves no other sequence for the shuffled loss; give at least 2")
+def parse_args():
+    linear = probes.early("--task", "shapes") == "linear"
+    parser = probes.flags(__doc__, LINEAR if linear else SHAPES)
+    add, between = parser.add_argument, probes.between
+    add("--task", choices=("shapes", "linear"), default="shapes", help="images, or linear regression")
+    add("--noise", type=between(0, 1e6, float), default=0.0, help="linear: deviation of y")
+    add("--loss", type=parse_arm, nargs="+", default=["baseline", "weights:0.3", "norm:0.01"],
+        help=f"arms: none, {', '.join(WEIGHTS)}; weights:0.3 sets a weight, weights+norm adds up")  # fmt: skip
+    add("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, inf = always fresh; linear: d")
+    add("--lr", type=between(1e-9, 1e9, float), nargs="+", help="Adam's; the first is common, all for an arm's best")
+    add("--steps", type=between(1, 1e8), help="training steps, the budget")
+    add("--batch", type=between(1, 1e5), help="sequences per step")
+    add("--pairs", type=between(1, 512), help="(x, y) pairs per sequence")
+    add("--n-layer", type=between(1, 1000), help="blocks")
+    add("--n-head", type=between(1, 1000), help="attention heads")
+    add("--d-model", type=between(1, 1e5), help="width")
+    add("--evaluations", type=between(1, 1e8), help="points of a curve")
+    add("--probes", type=between(1, 1e8), help="times the states are probed, after the start")
+    add("--sequences", type=between(0, 1e8), help="size of the training set, 0 = always fresh sequences")
+    if not linear:
+        add("--embedding", help="what images look like: code, pixels, vae, onehot (the oracle), or a file.npz")
+        add("--code-width", type=between(1, 1e5), help="dimensions of the code")
+        add("--code-gain", type=between(1e-9, 1e9, float), help="entanglement of the code")
+        add("--code-seed", type=between(0, 1e8), help="of the code, and of the split into training and held-out images")
+        add("--factors", type=between(1, 15), nargs=6, help="numbers of values, 1 = constant")
+        add("--ask", choices=FACTORS, nargs="+", help="factors that may be asked; the others only vary")
+    args = probes.checked(parser)
+    if linear and max(args.difficulty) > 64:
+        parser.error("--difficulty: with --task linear it is a dimension; give whole numbers from 1 to 64")
+    if not linear and len(args.ask) == 1 and any("context" in text for text in args.loss):
+        parser.error("--ask: with one asked factor the context loss has nothing to read; ask two or leave it out")
     return args
 
 
 def parse_arm(text: str) -> str:
-    names = []
-    for part in text.split("+"):
+    """`weights+norm:0.1` -> `weights:0.3+norm:0.1`, every weight spelled out; `none` is the baseline."""
+    parts = {}
+    for part in text.split("+") if text != "none" else []:
         name, colon, weight = part.partition(":")
-        if name not in LOSSES:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(LOSSES)}")
-        try:
-            value = float(weight) if colon else 1.0
-        except ValueError:
-            value = math.nan
-        if not 0 <= value <= 1e6 or (value == 0 and name in ("clip", "epsilon")):
-            raise argparse.ArgumentTypeError(f"{part!r}: the weight must be a number from 0 to 1,000,000 (clip and epsilon: above 0)")
-        if name == "none" and text != "none":
-            raise argparse.ArgumentTypeError(f"{text!r}: none takes no weight and no second loss")
-        if name in names:
-            raise argparse.ArgumentTypeError(f"{text!r}: names {name} twice")
-        names.append(name)
-    return text
+        if name not in WEIGHTS or name in parts:
+            raise argparse.ArgumentTypeError(f"{part!r} must be one of {', '.join(WEIGHTS)}, each once; or none alone")
+        parts[name] = probes.between(1e-9, 1e5, float)(weight) if colon else WEIGHTS[name]
+    return "+".join(f"{name}:{weight:g}" for name, weight in parts.items()) or "baseline"
 
 
-def arms(args: argparse.Namespace) -> list[dict]:
-    """--loss and --weight spelled out: {"arm": "weights:0.1", "extra": {"weights": 0.1}} and so on; `none` is the baseline."""
-    out = []
-    for text in args.loss:
-        for default in args.weight:
-            extra = {}
-            for part in text.split("+"):
-                name, _, weight = part.partition(":")
-                extra[name] = float(weight) if weight else default if LOSSES[name] is None else LOSSES[name]
-            name = "baseline" if set(extra) == {"none"} else "+".join(f"{k}:{v:g}" for k, v in extra.items())
-            out.append({"arm": name, "extra": extra})
-    return list({arm["arm"]: arm for arm in out}.values())  # --weight changes only some of them: each arm once
-
-
-def runs_of(args: argparse.Namespace) -> list[dict]:
-    return [dict(**arm, difficulty=m, lr=lr, seed=s) for m in args.difficulty for arm in arms(args) for lr in args.lr
-            for s in range(args.seeds)]  # fmt: skip
-
-
-def train(args: argparse.Namespace, runs: list[dict], checkpoint: str) -> dict:
+def main():
+    args = parse_args()
+    if args.replot:
+        return probes.replot(args, plot)
     device, args.precision = pick_device(args.device, args.precision)
-    if args.task == "linear":
-        world = Regression(int(max(args.difficulty)), args.noise, device)
+    runs = probes.share([dict(arm=arm, difficulty=m, lr=lr, seed=seed) for m in args.difficulty for arm in args.loss
+                         for lr in args.lr for seed in args.seeds])  # fmt: skip
+    extra = [dict(part.split(":") for part in run["arm"].split("+") if part != "baseline") for run in runs]
+    weights, context, shuffled, norm, decay = (
+        torch.tensor([float(parts.get(name, 0)) for parts in extra], device=device)
+        for name in ("weights", "context", "shuffled", "norm", "decay")
+    )  # (r,) each
+    clip = [float(parts.get("clip", math.inf)) for parts in extra]
+    epsilon = [float(parts.get("epsilon", 1e-8)) for parts in extra]
+    if args.task == "shapes":
+        world = shapes(args.factors, args.ask, args.embedding, args.code_width, args.code_gain, args.code_seed, device)
     else:
-        world = shapes(args.factors, args.ask, args.embedding, args.code_width, args.code_gain, device)
-    column = lambda key: [run[key] for run in runs]
-    weight = lambda name, absent=0.0: torch.tensor([run["extra"].get(name, absent) for run in runs], device=device)
-    seed, m = torch.tensor(column("seed"), device=device), mappings(column("difficulty"), device)
-    model = GPT(Config(**world.inputs, n_pair=args.pairs, n_layer=args.n_layer,
-                       n_head=args.n_head, d_model=args.d_model), column("seed"))  # fmt: skip
+        world = Regression(int(args.difficulty[-1]), args.noise, device)
+    seeds = [run["seed"] for run in runs]
+    seed, target = torch.tensor(seeds, device=device), mappings([run["difficulty"] for run in runs], device)
+    config = Config(**world.inputs, n_pair=args.pairs, n_layer=args.n_layer, n_head=args.n_head, d_model=args.d_model)
+    model = GPT(config, seeds)
     model.extra = Linear(len(runs), args.d_model, world.n_value + world.n_asked)  # read-outs of the extra losses
-    model.extra.initialise(column("seed"))
+    model.extra.initialise(seeds)
     model = model.to(device)
-    optimizer = Adam(model, column("lr"), eps=weight("epsilon", 1e-8), weight_decay=weight("decay"), clip=weight("clip", math.inf))
-    record = probes.Record(args, runs, world, model, optimizer, checkpoint)
-    weights, context, shuffled, norm = (weight(name) for name in ("weights", "context", "shuffled", "norm"))
+    optimizer = Adam(model, [run["lr"] for run in runs], eps=epsilon, weight_decay=decay, clip=clip)
+    record = probes.Record(args, runs, world, model, optimizer)
     if not args.no_compile:
         compile_blocks(model)
 
-    for step in record.training_steps():
-        batch = world.sample(seed, m, sequence_numbers(seed, step, args.batch, args.sequences), args.pairs)
-        with autocast(device, args.precision):
+    for step in record.steps():
+        batch = world.sample(seed, target, sequence_numbers(seed, step, args.batch, args.sequences), args.pairs)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             logits, states = model(batch.x, batch.y, hidden=True)  # states: after each block, (r, b, tokens, d)
             guess = model.extra(model.norm(rearrange(model.at_x(states[-1]), "r b n d -> r (b n) d")))
-        value, asked = rearrange(guess, "r (b n) o -> r b n o", b=args.batch).split([world.n_value, world.n_asked], -1)
+        guess = rearrange(guess, "r (b n) o -> r b n o", b=args.batch)
+        value, asked = guess.split([world.n_value, world.n_asked], -1)
         loss = world.loss(logits, batch).mean((1, 2))  # (r,), one mean per run
         loss = loss + weights * world.value_loss(value, batch.values).mean((1, 2))
         loss = loss + shuffled * world.value_loss(value, world.other_values(batch)).mean((1, 2))
@@ -142,37 +137,18 @@ def train(args: argparse.Namespace, runs: list[dict], checkpoint: str) -> dict:
         loss.sum().backward()  # nothing crosses the run axis: the sum's gradient is each run's own
         optimizer.step()
 
-    return record.metrics(device)
+    plot(record.finish(), args.out)
 
 
-# ---------------------------------------------------------------------------------------------- the picture
-
-
-def plot(metrics: dict, path: Path) -> None:
-    figure, f, colours = probes.draw_arms(metrics, "Extra losses")
-    linear = metrics["args"].get("task") == "linear"
-    same = lambda run: (run["seed"], run["lr"], run["difficulty"])
-    baseline = {same(run): run for run in metrics["runs"] if run["arm"] == "baseline"}
-    for run in metrics["runs"]:
-        base = baseline.get(same(run))
-        if base and run is not base and run["arm"] in colours and probes.score_change(base) is not None:
-            saved, face = probes.budgeted_length(base) - probes.budgeted_length(run), colours[run["arm"]]
-            neither = run["censored"] and base["censored"]
-            f.plot(probes.score_change(base), saved, "^" if neither else "o", ms=4, color=face, mfc="none" if neither else face)
-    f.axhline(0, color="black", lw=1)
-    f.axvline(0, color="black", ls="--", lw=1)
-    if linear:
-        f.set_xscale("symlog", linthresh=1e-4)
-    else:
-        f.locator_params(axis="x", nbins=6)
-    f.set(title="(f) Steps saved (\u25b3: neither leaves)", ylabel="steps saved (same seed and rate)",
-          xlabel="baseline's weights score, end minus start" + " (an error)" * linear)  # fmt: skip
-    probes.save_figure(path, figure)
-
-
-def main() -> None:
-    probes.command(arguments, runs_of, train, plot)
+def plot(metrics: dict, out: str) -> None:
+    figure, d, groups = probes.draw(metrics)
+    spread = lambda run: [by_block[metrics["block"]] for by_block in run["spread"]]
+    for colour, (label, runs) in zip(probes.COLOURS, groups.items()):
+        probes.curves(d, metrics["probe_steps"], runs, spread, colour, label=label)
+    d.set(title="(d) Spread of the states", xlabel="step", ylabel="root of the summed variance", ylim=0)
+    d.legend(fontsize=8)
+    probes.save_figure(figure, out)
 
 
 if __name__ == "__main__":
-    main()
+    probes.run(main)

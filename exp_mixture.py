@@ -1,130 +1,127 @@
 """Mixed training: a part of every batch is an easy task (claim 6; the paper's Fig. 5B).
 
-    python exp_mixture.py                                        hardest task, laptop scale
-    python exp_mixture.py --difficulty 64 --fraction 0 0.5       another target
-    python exp_mixture.py --mix easy unrelated                   is it the easy task, or any second task?
-    python exp_mixture.py --n-layer 1 2 3 --fraction 0 0.5       smaller models with and without mixing
-    python exp_mixture.py --lr 5e-4 1e-3 2e-3                    every arm also at its own best learning rate
+    python exp_mixture.py                                     hardest task, laptop scale
+    python exp_mixture.py --fraction 0 0.25 0.5 0.75          how much of it?
+    python exp_mixture.py --mix easy unrelated                is it the easy task, or any second task?
 
-A fraction of the sequences of every batch is drawn at --easy-difficulty, the rest at --difficulty; the batch stays the same size.
+A fraction of the sequences of every batch is drawn at --easy-difficulty, the rest at --difficulty; the batch keeps its
+size.
   easy       the same images and factors with few mappings
-  unrelated  the easy task on another world: the same grid in a different, unrelated code. Task diversity without the weights
+  unrelated  the easy task on another world, the same grid in an unrelated code: task diversity without the weights
              component that the target needs (the explanation of Kim et al., arXiv 2410.05448)
-All runs are judged on the plain target task, never on the mixture.
+All runs are judged on the plain target task, never on the mixture. Writes metrics.json, figure.png and checkpoint.pt.
 """
 
-import argparse
 import math
-from pathlib import Path
+import os
 
-import matplotlib.pyplot as plt
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait sleep
+
 import torch
 
 import probes
-from model import GPT, Adam, Config, autocast, compile_blocks, pick_device
-from tasks import FACTORS, SIZES, UsageError, mappings, parse_difficulty, sequence_numbers, shapes
+from model import GPT, Adam, Config, compile_blocks, pick_device
+from tasks import FACTORS, SIZES, mappings, parse_difficulty, sequence_numbers, shapes
 
-SCALES = {  # defaults only: any flag overrides them
-    "laptop": dict(fraction=[0, 0.5], difficulty=[math.inf], lr=[1e-3], embedding="code",
-                   factors=(4, 4, 4, 4, 4, 1), ask=FACTORS[:3], code_width=32, code_gain=2.5, sequences=0, steps=2500, batch=48, pairs=12,
-                   n_layer=[3], n_head=2, d_model=[64], evaluations=100, probes=5),
-    "paper": dict(fraction=[0, 0.25, 0.5, 0.75], difficulty=[20000], lr=[1e-4], embedding="code",
-                  factors=SIZES, ask=FACTORS, code_width=768, code_gain=2.5, sequences=100_000, steps=46860, batch=128, pairs=40,
-                  n_layer=[12], n_head=4, d_model=[128], evaluations=240, probes=30),
+SHAPES = {
+    "laptop": dict(difficulty=[math.inf],
+                   lr=[5e-4], steps=2000, batch=48, pairs=12, n_layer=3, n_head=2, d_model=64, evaluations=80, probes=4,
+                   embedding="code", code_width=32, code_gain=2.5, code_seed=0, factors=[4, 4, 4, 4, 4, 1],
+                   ask=["floor_hue", "wall_hue"], sequences=0),
+    "paper": dict(difficulty=[20000],
+                  lr=[1e-4], steps=46860, batch=128, pairs=40, n_layer=12, n_head=4, d_model=128, evaluations=240,
+                  probes=30, embedding="code", code_width=768, code_gain=2.5, code_seed=0, factors=list(SIZES),
+                  ask=list(FACTORS), sequences=100_000),
 }  # fmt: skip
 
 
-def arguments() -> argparse.Namespace:
-    parser, exp = probes.script_parser(__file__, __doc__, SCALES)
-    exp.add_argument("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, one or several; inf = always fresh")
-    exp.add_argument("--easy-difficulty", type=parse_difficulty, default=1.0, help="mappings in play in the easy part (default 1)")
-    exp.add_argument("--fraction", type=float, nargs="+", help="part of every batch that is easy; 0 = baseline")
-    exp.add_argument("--mix", choices=("easy", "unrelated"), nargs="+", default=["easy"], help="what is mixed in (default easy)")
-    exp.add_argument("--pairs", type=int, help="(image, label) pairs per sequence")
-    exp.add_argument("--n-layer", type=int, nargs="+", help="blocks; several = one program each")
-    exp.add_argument("--d-model", type=int, nargs="+", help="width; several = one program each")
-    args = parser.parse_args()
-    probes.check(args, SCALES[args.scale])
-    if args.easy_difficulty >= min(args.difficulty):
-        raise UsageError(f"--easy-difficulty {args.easy_difficulty:g}: must be easier than every --difficulty")
+def parse_args():
+    parser = probes.flags(__doc__, SHAPES)
+    add, between = parser.add_argument, probes.between
+    add(
+        "--fraction",
+        type=between(0, 1, float),
+        nargs="+",
+        default=[0.0, 0.5],
+        help="easy part of a batch, 0 = baseline",
+    )
+    add("--mix", choices=("easy", "unrelated"), nargs="+", default=["easy"], help="what is mixed in")
+    add("--easy-difficulty", type=parse_difficulty, default=1.0, help="mappings in play in the easy part")
+    add("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, inf = always fresh; linear: d")
+    add("--lr", type=between(1e-9, 1e9, float), nargs="+", help="Adam's; the first is common, all for an arm's best")
+    add("--steps", type=between(1, 1e8), help="training steps, the budget")
+    add("--batch", type=between(1, 1e5), help="sequences per step")
+    add("--pairs", type=between(1, 512), help="(x, y) pairs per sequence")
+    add("--n-layer", type=between(1, 1000), help="blocks")
+    add("--n-head", type=between(1, 1000), help="attention heads")
+    add("--d-model", type=between(1, 1e5), help="width")
+    add("--evaluations", type=between(1, 1e8), help="points of a curve")
+    add("--probes", type=between(1, 1e8), help="times the states are probed, after the start")
+    add("--sequences", type=between(0, 1e8), help="size of the training set, 0 = always fresh sequences")
+    add("--embedding", help="what images look like: code, pixels, vae, onehot (the oracle), or a file.npz")
+    add("--code-width", type=between(1, 1e5), help="dimensions of the code")
+    add("--code-gain", type=between(1e-9, 1e9, float), help="entanglement of the code")
+    add("--code-seed", type=between(0, 1e8), help="of the code, and of the split into training and held-out images")
+    add("--factors", type=between(1, 15), nargs=6, help="numbers of values, 1 = constant")
+    add("--ask", choices=FACTORS, nargs="+", help="factors that may be asked; the others only vary")
+    args = probes.checked(parser)
+    for fraction in args.fraction:
+        if not math.isclose(fraction * args.batch, round(fraction * args.batch)):
+            parser.error(f"--fraction {fraction:g}: must be a whole number of the {args.batch} sequences of a --batch")
+    if args.easy_difficulty >= args.difficulty[0]:
+        parser.error(f"--easy-difficulty {args.easy_difficulty:g}: must be easier than every --difficulty")
     return args
 
 
-def runs_of(args: argparse.Namespace) -> list[dict]:
-    """Width and depth cannot differ inside one program: one each."""
-    return [dict(**arm, size=f"{n_layer} x {d_model}", difficulty=m, lr=lr, seed=s) for n_layer in args.n_layer for d_model in args.d_model
-            for m in args.difficulty for arm in arms(args) for lr in args.lr for s in range(args.seeds)]  # fmt: skip
-
-
-def train(args: argparse.Namespace, runs: list[dict], checkpoint: str) -> dict:
+def main():
+    args = parse_args()
+    if args.replot:
+        return probes.replot(args, plot)
     device, args.precision = pick_device(args.device, args.precision)
-    n_layer, d_model = map(int, runs[0]["size"].split(" x "))
-    world = shapes(args.factors, args.ask, args.embedding, args.code_width, args.code_gain, device)
-    foreign = None
+    arms = [dict(arm="baseline", fraction=0.0, mix="easy")] if 0 in args.fraction else []
+    arms += [dict(arm=f"{100 * f:g}% {mix}", fraction=f, mix=mix) for mix in args.mix for f in args.fraction if f]
+    runs = probes.share([dict(**arm, difficulty=m, lr=lr, seed=seed) for m in args.difficulty for arm in arms
+                         for lr in args.lr for seed in args.seeds])  # fmt: skip
+    world = shapes(args.factors, args.ask, args.embedding, args.code_width, args.code_gain, args.code_seed, device)
+    foreign, width = world.table, world.table.shape[1]
     if "unrelated" in args.mix:
-        foreign = shapes(args.factors, args.ask, "code", world.table.shape[1], args.code_gain, device, code_seed=1)
-    column = lambda key: [run[key] for run in runs]
-    seed, target = torch.tensor(column("seed"), device=device), mappings(column("difficulty"), device)
-    easy = mappings([args.easy_difficulty], device)
-    mixed = easy_rows(column("fraction"), args.batch).to(device)
+        foreign = shapes(args.factors, args.ask, "code", width, args.code_gain, args.code_seed + 1, device).table
+    seeds = [run["seed"] for run in runs]
+    seed, target = torch.tensor(seeds, device=device), mappings([run["difficulty"] for run in runs], device)
+    rows = torch.tensor([round(run["fraction"] * args.batch) for run in runs])
+    mixed = (torch.arange(args.batch) < rows[:, None]).to(device)  # (r, b): the first sequences of a batch are easy
     unrelated = torch.tensor([run["mix"] == "unrelated" for run in runs], device=device)[:, None]
-    model = GPT(Config(**world.inputs, n_pair=args.pairs, n_layer=n_layer,
-                       n_head=args.n_head, d_model=d_model), column("seed")).to(device)  # fmt: skip
-    optimizer = Adam(model, column("lr"))
-    record = probes.Record(args, runs, world, model, optimizer, checkpoint)
+    easy = mappings([args.easy_difficulty], device)
+    config = Config(**world.inputs, n_pair=args.pairs, n_layer=args.n_layer, n_head=args.n_head, d_model=args.d_model)
+    model = GPT(config, seeds).to(device)
+    optimizer = Adam(model, [run["lr"] for run in runs])
+    record = probes.Record(args, runs, world, model, optimizer)
     if not args.no_compile:
         compile_blocks(model)
 
-    for step in record.training_steps():
+    for step in record.steps():
         m = torch.where(mixed, easy, target[:, None])  # (r, b): the mixture
         batch = world.sample(seed, m, sequence_numbers(seed, step, args.batch, args.sequences), args.pairs)
-        x = torch.where((mixed & unrelated)[..., None, None], foreign.table[batch.item], batch.x) if foreign else batch.x
-        with autocast(device, args.precision):
+        x = torch.where((mixed & unrelated)[..., None, None], foreign[batch.item], batch.x)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             logits = model(x, batch.y)
         loss = world.loss(logits, batch).mean((1, 2))  # (r,), one mean per run
         loss.sum().backward()  # nothing crosses the run axis: the sum's gradient is each run's own
         optimizer.step()
-    return record.metrics(device)
+
+    plot(record.finish(), args.out)
 
 
-def easy_rows(fractions: list[float], batch: int) -> torch.Tensor:
-    """Which sequences of a batch are easy, (r, batch): the first ones, exactly the stated fraction."""
-    return torch.arange(batch) < torch.tensor([round(f * batch) for f in fractions])[:, None]
-
-
-def arms(args: argparse.Namespace) -> list[dict]:
-    """Every fraction with every --mix; fraction 0 is the one baseline."""
-    out = [dict(arm="baseline", fraction=0.0, mix="easy")] if 0 in args.fraction else []
-    return out + [dict(arm=f"{100 * f:g}% {mix}", fraction=f, mix=mix) for mix in args.mix for f in args.fraction if f]
-
-
-# ---------------------------------------------------------------------------------------------- the picture
-
-
-def plot(metrics: dict, path: Path) -> None:
-    figure, f, colours = probes.draw_arms(metrics, "Mixed training")
-    args, at_best = metrics["args"], probes.at_best_rate(metrics, difficulty=metrics["runs"][-1]["difficulty"])
-    sizes = list(dict.fromkeys(run["size"] for run in at_best))
-    if len(sizes) > 1:
-        here = lambda arm, size: [run for run in at_best if (run["arm"], run["size"]) == (arm, size)]
-        probes.draw_groups(f, sizes, {arm: (colour, [here(arm, size) for size in sizes]) for arm, colour in colours.items()})
-        f.set(title="(f) Against the size of the model", xlabel="blocks x width")
-    else:
-        here = lambda mix, fraction: [
-            run for run in at_best if run["fraction"] == fraction and (run["mix"] == mix if fraction else run["arm"] == "baseline")
-        ]
-        fractions = sorted(args["fraction"])
-        groups = {f"mixed with {mix}": (colour, [here(mix, fraction) for fraction in fractions])
-                  for mix, colour in zip(args["mix"], plt.cm.tab10.colors)}  # fmt: skip
-        probes.draw_groups(f, fractions, groups)
-        f.set(title="(f) Against the mixture", xlabel="fraction of the batch")
-    f.legend(fontsize=8)
-    probes.save_figure(path, figure)
-
-
-def main() -> None:
-    probes.command(arguments, runs_of, train, plot)
+def plot(metrics: dict, out: str) -> None:
+    figure, d, groups = probes.draw(metrics)
+    for colour, (label, runs) in zip(probes.COLOURS, groups.items()):
+        own = [probes.at_least(metrics, run) * (1 - run["fraction"]) for run in runs]
+        d.plot([runs[0]["fraction"]] * len(runs), own, "o", color=colour, label=label)
+    d.set(title="(d) The same in batches of the target task alone", xlabel="part of the batch that is mixed in",
+          ylabel="plateau length x part that is the target task", ylim=0)  # fmt: skip
+    d.legend(fontsize=8)
+    probes.save_figure(figure, out)
 
 
 if __name__ == "__main__":
-    main()
+    probes.run(main)

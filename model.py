@@ -4,33 +4,27 @@ Every parameter and every activation has a leading run axis, so one batched matm
 Nothing crosses that axis: the gradient of the summed loss is each run's own gradient, and Adam is elementwise.
 Axis letters, here and in every file: r run, b batch, n pair, t token, d dim, h head, k block, f factor.
 
-Architecture and initialisation are GPT-2's (pre-norm, learned positions, tanh GELU, N(0, 0.02), residual projections
-N(0, 0.02 / sqrt(2 n_layer))). x and y share one linear read-in, as in the paper's code; predictions are read at x only.
-
-    python model.py --runs 1 4 8 20 32       how fast does this machine train R runs in one program?
+Architecture and initialisation are GPT-2's. x and y share one linear read-in, as in the paper's code.
+Run by itself it is a benchmark: how fast does this machine train R runs in one program?
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import gc
 import math
 import os
 import shutil
-import statistics
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait sleep
 
 import torch
 from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from tasks import UsageError, cross_entropy
 
@@ -80,7 +74,7 @@ class LayerNorm(nn.Module):
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
-    """GPT-2's GELU, 0.5 x (1 + tanh(u)) = x sigmoid(2u): on a CPU the compiled exponential is faster than the tanh."""
+    """GPT-2's GELU, 0.5 x (1 + tanh(u)) = x sigmoid(2u): compiled for a CPU the exponential is the faster one."""
     if x.device.type != "cpu":
         return F.gelu(x, approximate="tanh")
     return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
@@ -98,20 +92,17 @@ class Block(nn.Module):
         self.mlp_in = Linear(runs, d_model, 4 * d_model)
         self.mlp_out = Linear(runs, 4 * d_model, d_model)
 
-    def attention(self, x: torch.Tensor, tokens: int) -> torch.Tensor:
-        runs = x.shape[0]
-        q, k, v = rearrange(self.qkv(x), "r (b t) (three h d) -> three (r b) h t d", three=3, h=self.n_head, t=tokens)
-        if x.device.type != "cpu":
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:  # written out: on a CPU the fused kernel's backward is slower than this at 20 to 80 tokens
-            future = torch.full((tokens, tokens), -math.inf, dtype=q.dtype).triu(1)
-            mixed = ((q @ k.mT) * q.shape[-1] ** -0.5 + future).softmax(-1) @ v
-        return self.attention_out(rearrange(mixed, "(r b) h t d -> r (b t) (h d)", r=runs))
-
     def forward(self, x: torch.Tensor, tokens: int, mixing: str = "attention") -> torch.Tensor:
-        normed = self.norm_1(x)
-        # "identity" is the authors' probe: attention hands back its own (normed) input, so no token sees another
-        x = x + (self.attention(normed, tokens) if mixing == "attention" else normed)
+        mixed = self.norm_1(x)
+        if mixing == "attention":  # else the authors' probe: the (normed) input itself, so no token sees another
+            q, k, v = rearrange(self.qkv(mixed), "r (b t) (c h d) -> c (r b) h t d", c=3, h=self.n_head, t=tokens)
+            if x.device.type != "cpu":
+                mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            else:  # written out: on a CPU the fused kernel's backward is slower than this at 20 to 80 tokens
+                future = torch.full((tokens, tokens), -math.inf, dtype=q.dtype).triu(1)
+                mixed = ((q @ k.mT) * q.shape[-1] ** -0.5 + future).softmax(-1) @ v
+            mixed = self.attention_out(rearrange(mixed, "(r b) h t d -> r (b t) (h d)", r=len(x)))
+        x = x + mixed
         return x + self.mlp_out(gelu(self.mlp_in(self.norm_2(x))))
 
 
@@ -119,8 +110,8 @@ class GPT(nn.Module):
     """R GPT-2s for sequences x_1 y_1 ... x_n y_n. Run r is initialised from seeds[r] alone.
 
     forward(x, y) -> logits (r, b, n, d_y), the prediction of each y from its x and the pairs before it.
-    x: vectors (r, b, n, d_x), or words (r, b, n, n_token) when config.n_word; y: one-hot labels or numbers (r, b, n, d_y).
-    y=None leaves the labels out: with n = 1 that is an input without any context.
+    x: vectors (r, b, n, d_x), or words (r, b, n, n_token) when config.n_word; y: one-hot labels or numbers
+    (r, b, n, d_y). y=None leaves the labels out: with n = 1 that is an input without any context.
     hidden=True also returns the states after each block, a list of n_layer tensors (r, b, tokens, d_model).
     """
 
@@ -135,50 +126,43 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(runs, d, config.n_head) for _ in range(config.n_layer))
         self.norm = LayerNorm(runs, d)
         self.read_out = Linear(runs, d, config.d_y)
-        self._initialise(seeds)
-
-    @torch.no_grad()
-    def _initialise(self, seeds: list[int]) -> None:
         for run, seed in enumerate(seeds):
             generator = torch.Generator().manual_seed(seed)
             for name, p in self.named_parameters():
+                weights = p.detach()[run]
                 if name.startswith(("read_in", "read_out")):  # nn.Linear's default, as in the authors' code
-                    fan_in = getattr(self, name.split(".")[0]).weight.shape[1]
-                    p[run].uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
+                    bound = getattr(self, name.split(".")[0]).weight.shape[1] ** -0.5
+                    weights.uniform_(-bound, bound, generator=generator)
                 elif name.endswith("_out.weight"):  # the two projections that write to the residual stream
-                    p[run].normal_(0, 0.02 / math.sqrt(2 * self.config.n_layer), generator=generator)
+                    weights.normal_(0, 0.02 / math.sqrt(2 * config.n_layer), generator=generator)
                 elif name.endswith(("qkv.weight", "mlp_in.weight", "position", "words")):
-                    p[run].normal_(0, 0.02, generator=generator)
+                    weights.normal_(0, 0.02, generator=generator)
 
     def embed(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
         """Tokens before the first block, (r, b, tokens, d_model)."""
         if self.config.n_word:
-            runs, n_word = self.words.shape[:2]
-            row = torch.arange(runs, device=x.device).view(-1, 1, 1, 1) * n_word
-            tokens = F.embedding(x + row, rearrange(self.words, "r w d -> (r w) d"))
+            row = torch.arange(len(x), device=x.device).view(-1, 1, 1, 1) * self.config.n_word
+            tokens = F.embedding(x + row, self.words.flatten(0, 1))
         else:
-            weight = self.read_in.weight[:, : x.shape[-1]]
-            tokens = rearrange(rearrange(x, "r b n d -> r (b n) d") @ weight, "r (b n) d -> r b n 1 d", b=x.shape[1])
+            tokens = (x.flatten(1, 2) @ self.read_in.weight[:, : x.shape[-1]]).unflatten(1, (*x.shape[1:3], 1))
             tokens = tokens + self.read_in.bias[:, :, None, None].to(tokens.dtype)
         if y is not None:  # a one-hot matmul, not a gather: its backward is a matmul as well
-            label = rearrange(y, "r b n c -> r (b n) c") @ self.read_in.weight[:, : y.shape[-1]] + self.read_in.bias
-            tokens = torch.cat([tokens, rearrange(label, "r (b n) d -> r b n 1 d", b=y.shape[1]).to(tokens.dtype)], dim=3)
+            label = y.flatten(1, 2) @ self.read_in.weight[:, : y.shape[-1]] + self.read_in.bias
+            tokens = torch.cat([tokens, label.unflatten(1, (*y.shape[1:3], 1)).to(tokens.dtype)], dim=3)
         tokens = rearrange(tokens, "r b n t d -> r b (n t) d")
         return tokens + self.position[:, None, : tokens.shape[2]]
 
     def forward(self, x, y=None, mixing: str = "attention", hidden: bool = False):
         h = self.embed(x, y)
         batch, tokens = h.shape[1:3]
-        h = rearrange(h, "r b t d -> r (b t) d")
-        states = []
+        h, states = h.flatten(1, 2), []
         for block in self.blocks:
-            step = block if torch.is_grad_enabled() else block.forward  # measures use other shapes: never compile again for them
-            h = step(h, tokens, mixing)
+            call = block if torch.is_grad_enabled() else block.forward  # measures have other shapes: not compiled
+            h = call(h, tokens, mixing)
             if hidden:
-                states.append(rearrange(h, "r (b t) d -> r b t d", b=batch))
-        at_x = self.at_x(rearrange(h, "r (b t) d -> r b t d", b=batch), with_labels=y is not None)
-        logits = self.read_out(self.norm(rearrange(at_x, "r b n d -> r (b n) d")))
-        logits = rearrange(logits, "r (b n) c -> r b n c", b=batch)
+                states.append(h.unflatten(1, (batch, tokens)))
+        at_x = self.at_x(h.unflatten(1, (batch, tokens)), with_labels=y is not None)
+        logits = self.read_out(self.norm(at_x.flatten(1, 2))).unflatten(1, at_x.shape[1:3])
         return (logits, states) if hidden else logits
 
     def at_x(self, states: torch.Tensor, with_labels: bool = True) -> torch.Tensor:
@@ -188,20 +172,18 @@ class GPT(nn.Module):
 
 
 class Adam:
-    """Adam (Kingma & Ba 2015; its betas, 0.9 and 0.999) with a learning rate per run; every parameter has the run axis first.
-
-    lr (r,). eps, weight_decay (decoupled) and clip (gradient norm of one run, inf = off): a number, or one per run.
-    """
+    """Adam (Kingma & Ba 2015; its betas, 0.9 and 0.999). A number, or one per run: lr, eps, decoupled weight_decay, and
+    clip of the norm of a run's gradient (inf = off). The first axis of every parameter is the run."""
 
     def __init__(self, model: nn.Module, lr, eps=1e-8, weight_decay=0.0, clip=math.inf):
         self.params = list(model.parameters())
-        like = self.params[0]
-        per_run = lambda v: torch.as_tensor(v, dtype=torch.float32).expand(like.shape[0]).to(like.device).view(-1, 1, 1)
-        self.lr, self.eps, self.weight_decay, self.clip = map(per_run, (lr, eps, weight_decay, clip))
-        self.clips = bool(torch.isfinite(self.clip).any())  # decided once: asking later would stall a GPU
+        runs, device = len(self.params[0]), self.params[0].device
+        settings = [torch.as_tensor(v, dtype=torch.float32, device=device) for v in (lr, eps, weight_decay, clip)]
+        self.lr, self.eps, self.weight_decay, self.clip = (v.expand(runs).view(-1, 1, 1) for v in settings)
+        self.clips = bool(torch.isfinite(torch.as_tensor(clip)).any())  # on the CPU: asking a GPU would stall it
         self.mean = [torch.zeros_like(p) for p in self.params]
         self.square = [torch.zeros_like(p) for p in self.params]
-        self.count = torch.zeros(len(self.params), like.shape[0], 1, 1, device=like.device)  # of steps since the start, or since forget()
+        self.count = torch.zeros((), device=device)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -211,193 +193,85 @@ class Adam:
             for g in grads:
                 g.mul_((self.clip / norm).clamp(max=1.0))
         self.count += 1
-        steps, scales, keep = self.lr / (1 - 0.9**self.count), 1 - 0.999**self.count, 1 - self.lr * self.weight_decay
-        for p, g, mean, square, step, scale in zip(self.params, grads, self.mean, self.square, steps, scales):
+        step, scale = self.lr / (1 - 0.9**self.count), 1 - 0.999**self.count
+        keep = 1 - self.lr * self.weight_decay
+        for p, g, mean, square in zip(self.params, grads, self.mean, self.square):
             mean.lerp_(g, 0.1)
             square.lerp_(g * g, 0.001)
             p.mul_(keep).sub_(step * mean / (square / scale).sqrt_().add_(self.eps))
             p.grad = None
 
-    @torch.no_grad()
-    def forget(self, param: int, run: int) -> None:
-        """Start afresh for one parameter of one run."""
-        for state in (self.mean, self.square, self.count):
-            state[param][run] = 0
-
     def state_dict(self) -> dict:
-        """Tensors; lr is among them, since a schedule may have changed it."""
-        return {"mean": self.mean, "square": self.square, "count": self.count, "lr": self.lr}
+        return {key: vars(self)[key] for key in ("mean", "square", "count", "lr")}  # a schedule may have changed lr
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        for name in ("mean", "square", "count"):
-            for a, b in zip(getattr(self, name), state[name], strict=True):
-                a.copy_(b)
-        self.lr = state["lr"]  # not in place: a script may hold the old tensor, to compute a schedule from
-
-
-# ---------------------------------------------------------------------------------------------- the machine
+        vars(self).update(state)
 
 
 def pick_device(device: str, precision: str) -> tuple[torch.device, str]:
-    """--device and --precision, with auto resolved: a GPU if there is one; bf16 on a GPU that multiplies it, else fp32.
-
-    A CPU trains in fp32 unless told otherwise, so that a command gives the same experiment on every CPU.
-
-    Raises UsageError, naming the flag, for a device that is not there.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: a GPU for each process
-    try:
-        device = torch.device(device)
-        torch.zeros(1, device=device)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # what the compiler asks for
-            torch.set_float32_matmul_precision("highest")  # measures are fp32, whatever the system's default
-            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums over all tokens of a run
-            torch.backends.cuda.enable_cudnn_sdp(False)  # which releases choose it differs, and so do its results
-        else:
-            keep_memory()
+    """--device and --precision, with auto resolved: a GPU if there is one; bf16 on a GPU that multiplies it, else fp32,
+    so that a command is the same experiment on every CPU. Raises UsageError for a device that is not there."""
+    name = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
+    try:  # torchrun: a GPU for each process
+        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+        torch.zeros(1, device=found)
     except (RuntimeError, AssertionError):
-        many = ", or start no more processes than there are GPUs" * ("LOCAL_RANK" in os.environ)
-        raise UsageError(f"--device {device}: not available here; use --device cpu{many}") from None
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    return device, precision
-
-
-def keep_memory() -> None:
-    """Freed memory stays with the process: else Linux takes and clears tens of megabytes anew at every step of a CPU."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:  # of glibc: never map, never trim, grow by 256 MB, one arena for all threads
-        for option, value in ((-4, 0), (-1, -1), (-2, 2**28), (-8, 1)):
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device}: not available here; use --device cpu, or fewer processes")
+    fast = found.type == "cuda" and torch.cuda.get_device_capability(found) >= (8, 0)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)  # what the compiler asks for
+        torch.set_float32_matmul_precision("highest")  # measures are fp32, whatever the system's default
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums over all tokens of a run
+        torch.backends.cuda.enable_cudnn_sdp(False)  # which releases choose it differs, and so do its results
+    elif sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        # freed memory stays with the process, else Linux clears tens of megabytes anew at every step (glibc: never map,
+        for option, value in ((-4, 0), (-1, -1), (-2, 2**28), (-8, 1)):  # never trim, grow by 256 MB, one arena)
             mallopt(option, value)
-
-
-def autocast(device: torch.device, precision: str):
-    """The context of a training forward pass: matrix products in bf16, or everything in fp32."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    return found, precision.replace("auto", "bf16" if fast else "fp32")
 
 
 def compile_blocks(model: GPT) -> None:
-    """One compiled block serves all layers. A machine without a compiler (C for a GPU, C++ for a CPU) trains uncompiled, slower."""
-    torch.compiler.reset()  # what another size compiled before must not matter
+    """One compiled block serves all layers. Without a compiler (C++, for a GPU C) training is uncompiled and slower."""
     named, *usual = ("CC", "gcc", "clang") if next(model.parameters()).is_cuda else ("CXX", "c++", "g++")
     if any(map(shutil.which, [os.environ.get(named, usual[0]), *usual])):
         for block in model.blocks:
             block.compile()
-    else:
-        print("no C or C++ compiler found: training without torch.compile, slower")
-
-
-# ---------------------------------------------------------------------------------------------- how fast
-
-SIZES = {  # of a training step: the experiments' laptop and paper scale
-    "laptop": dict(d_x=32, d_y=4, n_pair=12, n_layer=3, n_head=2, d_model=64, batch=48),
-    "paper": dict(d_x=768, d_y=15, n_pair=40, n_layer=12, n_head=4, d_model=128, batch=128),
-}
-
-
-class ByteCounter(TorchDispatchMode):
-    """Bytes in and out of every operation that is not a view: what an unfused step moves."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if not func.is_view and func is not torch.ops.aten._unsafe_view.default:
-            self.total += sum(t.numel() * t.element_size() for t in tree_leaves((args, kwargs, out)) if torch.is_tensor(t))
-        return out
-
-
-def seconds(f, device: torch.device, repeats: int = 5, inner: int = 1) -> float:
-    """Median over repeats of the time of one call, after one that does not count."""
-    times = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        for _ in range(inner):
-            f()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append((time.perf_counter() - began) / inner)
-    return statistics.median(times[1:])
-
-
-def peak_of_process() -> float:
-    """Largest memory of this process so far in bytes, where the system tells."""
-    try:
-        import resource
-    except ImportError:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main() -> None:
-    about = "Time training steps of R runs in one program, beside a copy and a matrix product."
-    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Time training steps of R runs in one program.")
     parser.add_argument("--runs", type=int, nargs="+", default=[1, 4, 8], help="numbers of runs R (default 1 4 8)")
-    parser.add_argument("--scale", choices=SIZES, default="laptop", help="size of the model and the batch (default laptop)")
-    parser.add_argument("--steps", type=int, default=5, help="steps in each of five blocks (default 5)")
-    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
-    parser.add_argument("--no-compile", action="store_true", help="train without torch.compile")
+    parser.add_argument("--scale", choices=("laptop", "paper"), default="laptop", help="size of model and batch")
     args = parser.parse_args()
-    if min(args.runs) < 1 or args.steps < 1:
-        parser.error("--runs and --steps must be at least 1")
-    try:
-        device, precision = pick_device(args.device, args.precision)
-    except UsageError as error:
-        parser.error(str(error))
-    size = dict(SIZES[args.scale])
-    batch, pairs = size.pop("batch"), size["n_pair"]
-    big = 2**28 if device.type == "cuda" else 2**25
-    a, b = torch.ones(big, device=device), torch.ones(big, device=device)
-    n, inner = (8192, 50) if device.type == "cuda" else (2048, 1)  # a GPU takes a while to reach its speed
-    copy = 8 * big / seconds(lambda a=a, b=b: a.copy_(b), device, inner=inner)
-    square = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    product = 2 * n**3 / seconds(lambda square=square: square @ square, device, inner=inner)
-    del a, b, square
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}, {precision}, {args.scale}: {size}, batch {batch}; medians of 5 blocks of {args.steps} steps")
-    print(f"copy {copy / 1e9:.0f} GB/s, {n} x {n} matrix product {product / 1e12:.3f} TFLOP/s; bytes are those of an unfused step")
-    print(
-        "    R  ms/step  ms/run-step   tokens/s     GB/s  of copy  TFLOP/s  of product  compile s  peak GB"
-    )  # on a CPU: of the process so far
+    device, precision = pick_device("auto", "auto")
+    config, batch, n = Config(n_layer=3, n_head=2), 48, 8192 if device.type == "cuda" else 1024
+    if args.scale == "paper":
+        config, batch = Config(d_x=768, d_y=15, n_pair=40, n_layer=12, d_model=128), 128
+    print(f"{device}, {torch.get_num_threads()} threads, {precision}, batch {batch}, {config}")
     for runs in args.runs:
-        gc.collect()  # a compiled model keeps itself alive until then
-        model = GPT(Config(**size), list(range(runs))).to(device)
-        optimizer = Adam(model, 1e-4)
-        x = torch.randn(runs, batch, pairs, size["d_x"], device=device)
-        label = torch.randint(size["d_y"], (runs, batch, pairs), device=device)
-        y = F.one_hot(label, size["d_y"]).float()
-
-        def step():
-            with autocast(device, precision):
+        model = GPT(config, list(range(runs))).to(device)
+        compile_blocks(model)
+        optimizer, square = Adam(model, 1e-4), torch.randn(n, n, device=device)
+        x = torch.randn(runs, batch, config.n_pair, config.d_x, device=device)
+        label = torch.randint(config.d_y, (runs, batch, config.n_pair), device=device)
+        y = F.one_hot(label, config.d_y).float()
+        times = []
+        for _ in range(9):  # product and step in turn: their ratio does not depend on how busy the machine is
+            began = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                torch.mm(square, square)[0, 0].item()  # reading a number waits for a GPU
+                between = time.perf_counter()
                 logits = model(x, y)
             cross_entropy(logits, label).mean((1, 2)).sum().backward()
             optimizer.step()
-
-        with FlopCounterMode(display=False) as flops:
-            step()
-        with ByteCounter() as moved:
-            step()
-        if not args.no_compile:
-            compile_blocks(model)
-        began = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-        compiling = time.perf_counter() - began
-        t = seconds(step, device, inner=args.steps)
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_of_process()
-        print(f"{runs:5d} {1e3 * t:8.1f} {1e3 * t / runs:12.2f} {runs * batch * 2 * pairs / t:10,.0f} {moved.total / t / 1e9:8.1f} "
-              f"{moved.total / t / copy:8.2f} {flops.get_total_flops() / t / 1e12:8.3f} {flops.get_total_flops() / t / product:11.2f} "
-              f"{compiling:10.1f} {peak / 1e9:8.2f}", flush=True)  # fmt: skip
+            optimizer.count.item()
+            times.append((between - began, time.perf_counter() - between))
+        product, step = torch.tensor(times[2:]).median(0).values.tolist()  # the first ones compile
+        took, rate = step / runs, 2e-9 * n**3 / product
+        print(f"R = {runs:2d}: {1e3 * took:.2f} ms a run-step; {n} x {n} product {rate:,.0f} GFLOP/s; ", end="")
+        print(f"a run-step takes as long as {took * rate:.2f} GFLOP of product", flush=True)
 
 
 if __name__ == "__main__":
