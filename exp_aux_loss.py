@@ -31,7 +31,7 @@ from tasks import FACTORS, SIZES, Regression, mappings, parse_difficulty, sequen
 WEIGHTS = dict(weights=0.3, context=0.3, shuffled=0.3, norm=0.01, decay=1.0, clip=0.2, epsilon=1e-4)  # of each arm
 SHAPES = {
     "laptop": dict(difficulty=[math.inf],
-                   lr=[5e-4], steps=2000, batch=48, pairs=12, n_layer=3, n_head=2, d_model=64, evaluations=80, probes=4,
+                   lr=[5e-4], steps=1500, batch=48, pairs=12, n_layer=3, n_head=2, d_model=64, evaluations=60, probes=4,
                    embedding="code", code_width=32, code_gain=2.5, code_seed=0, factors=[4, 4, 4, 4, 4, 1],
                    ask=["floor_hue", "wall_hue"], sequences=0),
     "paper": dict(difficulty=[20000],

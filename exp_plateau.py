@@ -23,7 +23,7 @@ from model import GPT, Adam, Config, compile_blocks, pick_device
 from tasks import FACTORS, SIZES, Regression, image, mappings, parse_difficulty, sequence_numbers, shapes
 
 SHAPES = {
-    "laptop": dict(difficulty=[1, 10, math.inf],
+    "laptop": dict(difficulty=[1, math.inf],
                    lr=[5e-4], steps=2000, batch=48, pairs=12, n_layer=3, n_head=2, d_model=64, evaluations=80, probes=4,
                    embedding="code", code_width=32, code_gain=2.5, code_seed=0, factors=[4, 4, 4, 4, 4, 1],
                    ask=["floor_hue", "wall_hue"], sequences=0),
@@ -83,7 +83,8 @@ def main():
                          for lr in args.lr for seed in args.seeds])  # fmt: skip
     if args.task == "shapes":
         world = shapes(args.factors, args.ask, args.embedding, args.code_width, args.code_gain, args.code_seed, device)
-        world.show_clean([run["arm"] == "oracle" for run in runs])
+        if not args.no_oracle:
+            world.show_clean([run["arm"] == "oracle" for run in runs])
     else:
         world = Regression(int(args.difficulty[-1]), args.noise, device)
     seeds = [run["seed"] for run in runs]

@@ -642,7 +642,8 @@ def main() -> None:
     for path in map(Path, sys.argv[1:]):
         metrics = json.loads(path.read_text())
         figure = f"![]({path.stem}.png)\n\n" if path.with_suffix(".png").exists() else ""
-        print(f"\n## {path.stem}\n\n`{metrics['command']}`\n\n{figure}{report(metrics)}")
+        about = f"`{metrics['command']}` {metrics.get('note', '')}".strip()
+        print(f"\n## {path.stem}\n\n{about}\n\n{figure}{report(metrics)}")
 
 
 if __name__ == "__main__":

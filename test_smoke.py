@@ -13,8 +13,10 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["OMP_NUM_THREADS"] = "1"  # everything is tiny, and commands run beside each other
 
@@ -23,10 +25,28 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import exp_nlp
 import probes
 from model import GPT, Adam, Block, Config, compile_blocks
-from tasks import (ASKED, FACTORS, HELD_OUT, ITEMS, MAPPING, PERMUTATION, SIZES, Regression, UsageError, bayes, code, image,
-                   load_embedding, mappings, sequence_numbers, shapes, vae)  # fmt: skip
+from tasks import (
+    ASKED,
+    FACTORS,
+    HELD_OUT,
+    ITEMS,
+    MAPPING,
+    PERMUTATION,
+    SIZES,
+    Regression,
+    UsageError,
+    bayes,
+    code,
+    image,
+    load_embedding,  # fmt: skip
+    mappings,
+    sequence_numbers,
+    shapes,
+    vae,
+)
 
 HERE = Path(__file__).parent
 README = (HERE / "README.md").read_text()
@@ -34,7 +54,7 @@ TINY = dict(d_x=6, d_y=3, n_pair=4, n_layer=2, n_head=2, d_model=8)
 FEW = (4, 3, 2, 1, 2, 3)
 
 
-# ---------------------------------------------------------------------------------------------- model.py
+# -------------------------------------------------------------------------------- model.py
 
 
 def tiny_batch(runs: int, seed: int = 0):
@@ -53,7 +73,7 @@ def disturbed(model, seed: int = 0):
 
 
 def slow_gpt(model, run: int, x: np.ndarray, y: np.ndarray, mixing: str) -> np.ndarray:
-    """GPT-2 for one run and one sequence, position by position in float64: x (n, t) words or (n, d), y (n, c) -> (n, c)."""
+    """GPT-2 for one run and sequence, position by position in float64: x (n, t) words or (n, d), y (n, c) -> (n, c)."""
     w = {name: p[run].detach().double().numpy() for name, p in model.named_parameters()}
 
     def linear(v, name):
@@ -196,7 +216,7 @@ def test_one_compilation_serves_every_layer_and_no_measure(monkeypatch):
     assert len(compiled) == 1
 
 
-# ---------------------------------------------------------------------------------------------- tasks.py
+# -------------------------------------------------------------------------------- tasks.py
 
 
 def slow_bits(*key: int) -> int:
@@ -284,7 +304,7 @@ def test_bayes_equals_enumeration():
 
 
 def test_reference_levels_of_the_full_world():
-    """The levels without context in closed form, and the accuracy of a Bayes learner that the pairs tell nearly everything."""
+    """The levels without context in closed form, and a Bayes accuracy just below that of a learner told the factor."""
     level = shapes(code_width=2).references(0, math.inf, 40, sequences=512)
     assert level["no_context_loss"] == pytest.approx(2.445, abs=5e-4)
     assert level["label_set_loss"] == pytest.approx(np.mean(np.log(SIZES)), abs=1e-6)
@@ -446,7 +466,7 @@ def test_an_embedding_file_is_read_in_the_papers_order(tmp_path):
     assert world.table[:, 0].tolist() == [0, 7, 14, 240_000, 240_007, 240_014]
 
 
-# ---------------------------------------------------------------------------------------------- probes.py
+# -------------------------------------------------------------------------------- probes.py
 
 
 def test_after_the_norm_a_drowned_state_is_lost_though_it_can_still_be_read_before_it():
@@ -461,7 +481,9 @@ def test_after_the_norm_a_drowned_state_is_lost_though_it_can_still_be_read_befo
     normed = F.layer_norm(both, both.shape[-1:])
     score = {}
     for name, state in (("raw", both), ("normed", normed)):
-        score[name] = probes.converged_probe(state[:, :2000], target[:, :2000], state[:, 2000:], target[:, 2000:], [4])[:, 0].tolist()
+        score[name] = probes.converged_probe(state[:, :2000], target[:, :2000], state[:, 2000:], target[:, 2000:], [4])[
+            :, 0
+        ].tolist()
     assert min(score["raw"]) > 0.99 and score["normed"][0] > 0.99 and score["normed"][1] < 0.8
     shape = {key: value[:, 0].tolist() for key, value in probes.geometry(both[:, None]).items()}
     assert shape["first_share"][0] < 0.5 and shape["first_share"][1] > 0.999
@@ -518,10 +540,10 @@ def test_rows_pair_by_seed_at_the_common_rate_and_at_each_arms_best_and_mark_the
         in text
     )
     assert "| baseline | inf | 1e-3 | 40 - 60 | at least 60 | 2 of 3 |" in text
-    assert "new, m = inf, 1e-3; same rate: leaves sooner than the baseline in 2 of 3 seeds, later in 1 (sign test p = 1), " \
-           "median -30 steps." in text  # fmt: skip
-    assert "each at its best rate: leaves sooner than the baseline in 3 of 3 seeds, later in 0 (sign test p = 0.25), " \
-           "median -25 steps." in text  # fmt: skip
+    assert "new, m = inf, 1e-3; same rate: leaves sooner than the baseline in 2 of 3 seeds, later in 1 (sign test " \
+           "p = 1), median -30 steps." in text  # fmt: skip
+    assert "each at its best rate: leaves sooner than the baseline in 3 of 3 seeds, later in 0 (sign test " \
+           "p = 0.25), median -25 steps." in text  # fmt: skip
 
 
 def test_probes_score_chance_on_noise_and_one_on_one_hot():
@@ -561,3 +583,396 @@ def test_sign_test_counts_every_outcome():
         n = less + more
         ups = [sum(signs) for signs in itertools.product((0, 1), repeat=n)]
         assert probes.sign_test(less, more) == sum(abs(2 * k - n) >= abs(less - more) for k in ups) / 2**n
+
+
+# -------------------------------------------------------------------------------- exp_nlp.py
+
+
+def given(**changes):
+    flags = dict(conllu=[], tsv=None, text="grammar", ask=[], texts=3000, words=11, vocabulary=1000, pairs=4)
+    return SimpleNamespace(**flags | changes)
+
+
+def parse(words):
+    """The attributes of a sentence of the grammar, read from its words, with no help from the generator."""
+    kind = {noun: name for name, nouns in exp_nlp.KINDS.items() for noun in nouns}
+    kind |= {noun + "s": name for noun, name in kind.items()} | {"cactuses": "plant"}
+    verbs = {
+        v + e: t for v in exp_nlp.VERBS for e, t in (("d", "past"), ("ed", "past"), ("s", "present"), ("es", "present"))
+    }
+    verbs |= dict.fromkeys(exp_nlp.VERBS, "present")
+    nouns = [i for i, word in enumerate(words) if word in kind]
+    verb = next(i for i, word in enumerate(words) if word in verbs)
+    tense = dict(do="present", does="present", did="past", will="future", have="perfect", has="perfect")
+    auxiliary = next((i for i, word in enumerate(words[:verb]) if word in tense), None)
+    return dict(
+        subject=kind[words[nouns[0]]], object=kind[words[nouns[1]]],
+        tense=verbs[words[verb]] if auxiliary is None else tense[words[auxiliary]],
+        number="one" if words[nouns[0]] in sum(exp_nlp.KINDS.values(), []) else "many",
+        negation="yes" if {"not", "never"} & set(words) else "no",
+        question="yes" if auxiliary is not None and auxiliary < nouns[0] else "no",
+        sentiment=next(name for name, some in exp_nlp.ADJECTIVES.items() if set(some) & set(words)))  # fmt: skip
+
+
+def test_grammar_attributes_equal_an_independent_parse():
+    texts, attributes, _ = exp_nlp.grammar(given())
+    assert len(set(texts)) == 3000 and max(map(len, texts)) <= 11
+    for i, words in enumerate(texts):
+        assert parse(list(words)) == {name: column[i] for name, column in attributes.items()}, words
+
+
+def test_word_selection_labels_the_word_of_the_asked_category():
+    world, seed = exp_nlp.wordselect(given(texts=500), "cpu"), torch.tensor([3])
+    batch = world.sample(seed, mappings([1.0], "cpu"), torch.arange(200)[None], 6)
+    for b, i in itertools.product(range(200), range(6)):
+        label, listed = batch.label[0, b, i].item(), batch.x[0, b, i, :-1].tolist()
+        assert label // 12 == batch.asked[0, b] and label + exp_nlp.FIRST in listed
+        assert sorted((word - exp_nlp.FIRST) // 12 for word in listed) == [0, 1, 2, 3, 4]
+    level = world.references(3, 1.0, 6)
+    assert level["no_context_loss"] == math.log(5) and level["bayes_accuracy"] == pytest.approx((0.2 + 5) / 6)
+
+
+def sentence(head="", verb="Tense=Past|VerbForm=Fin", form="He", ids="1 2 3"):
+    rows = [
+        f"{form}\t_\tPRON\t_\tNumber=Sing\t2\tnsubj",
+        f"sees\t_\tVERB\t_\t{verb}\t0\troot",
+        ".\t_\tPUNCT\t_\t_\t2\tpunct",
+    ]
+    return head + "".join(f"{i}\t{row}\t_\t_\n" for i, row in zip(ids.split(" "), rows)) + "\n"
+
+
+MULTI = "1-2\tHe's\t_\t_\t_\t_\t_\t_\t_\t_\n0.1\tx\t_\t_\t_\t_\t_\t_\t_\t_\n"
+
+
+@pytest.mark.parametrize("text, name, values", [
+    (sentence("# newdoc\n# genre = a\n" + MULTI) + sentence() + sentence("# newdoc\n"), "genre", ["a", "a", ""]),
+    (sentence("# meta::genre = a\n# sent_id = x-1\n") + sentence("# genre = b\n"), "genre", ["a", "b"]),
+    (sentence("# sent_id = web-1\n") + sentence("# sent_id = mail-2\n"), "genre", ["web", "mail"]),
+    (sentence("# sent_id = web-1\n") * 2, "genre", ["", ""]),  # one value
+    (sentence("# sent_id = dev-1\n") + sentence("# sent_id = test-2\n"), "genre", ["", ""]),
+    (sentence() + sentence(verb="Mood=Imp|VerbForm=Fin") + sentence(verb="VerbForm=Fin"), "verb",
+     ["Past", "Imp", "Fin"]),
+    (sentence(verb="Mood=Ind") + sentence(verb="Tense=Pres") + sentence(verb="_"), "verb", ["Ind", "Pres", "none"]),
+    (sentence(verb="Tense=Past|VerbForm=Part") + sentence(), "verb", ["none", "Past"]),
+    (sentence().replace("\t0\t", "\t_\t") + sentence(), "root", ["", "VERB"]),
+    (sentence().replace("PUNCT", "_") + sentence().replace("PUNCT", "X") + sentence(), "end", ["", "none", "."]),
+    ("\ufeff" + sentence().replace("\n", "\r\n"), "subject", ["PRON"]),
+])  # fmt: skip
+def test_a_treebank_is_read_as_its_own_customs_say(tmp_path, text, name, values):
+    (tmp_path / "a.conllu").write_bytes(text.encode())
+    words, attributes, _ = exp_nlp.conllu(given(conllu=[str(tmp_path / "a.conllu")]))
+    assert words == [["he", "sees", "."]] * len(values) and attributes[name] == values
+
+
+@pytest.mark.parametrize("text, line", [
+    (sentence().strip() + "\n" + sentence("# x\n"), 4), (sentence().strip() + "\n" + sentence(), 4),
+    (sentence(ids="1 3 4"), 2), (sentence(ids="1 2 \ufeff3"), 3), (sentence(ids="1 2 3 ").replace("3\t", "3 \t"), 3),
+    (sentence().replace("\n", "\r\r\n"), 1), (sentence().replace("sees", ""), 2), ("1\tHe\n", 1), ("1\t\udce9\n", 1),
+    (sentence() + sentence(form="_").replace("sees", "_").replace("\t.", "\t_"), 8),
+])  # fmt: skip
+def test_a_broken_treebank_is_refused_by_file_and_line(tmp_path, text, line):
+    (tmp_path / "a.conllu").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UsageError, match=rf"a\.conllu: line {line} "):
+        exp_nlp.conllu(given(conllu=[str(tmp_path / "a.conllu")]))
+
+
+@pytest.mark.parametrize("text, words", [
+    ("Don't e-mail!", ["don", "'", "t", "e", "-", "mail", "!"]),
+    (unicodedata.normalize("NFD", "É tú"), ["é", "tú"]),
+    ("हिन्दी में", ["हिन्दी", "में"]),
+    ("我们 go。", ["我", "们", "go", "。"]), ("ทำได้", ["ท", "ำ", "ไ", "ด้"]), ("می‌روم", ["می‌روم"]),
+])  # fmt: skip
+def test_words_of_a_table_in_any_script(tmp_path, text, words):
+    (tmp_path / "t.tsv").write_text(f"text\ta\n{text}\t x \n\t1\nb\t \n", encoding="utf-8")
+    found, attributes, _ = exp_nlp.tsv(given(tsv=str(tmp_path / "t.tsv")))
+    assert found == [words, ["b"]] and attributes == {"a": ["x", ""]}
+
+
+def test_every_loss_is_said_and_what_is_left_is_split_and_balanced(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    colour, size = (
+        rng.choice(["red", "other", "", *map(str, range(20))], 900, p=[0.3, 0.3, 0.1] + [0.015] * 20),
+        rng.choice(["l", "s"], 900),
+    )
+    rows = [
+        f"{' '.join(rng.choice([*'abcde'], 4))} {c} {s}\t{c}\t{s}\t{s}{s}\t{i}\n"
+        for i, (c, s) in enumerate(zip(colour, size))
+    ]
+    (tmp_path / "t.tsv").write_text("text\tcolour\tsize\tagain\tid\n" + "".join(rows) + "\tred\tl\tl\t9\n")
+    world, said = exp_nlp.texts(given(tsv=str(tmp_path / "t.tsv")), "cpu"), capsys.readouterr().out
+    lost = (colour == "").sum()
+    assert (
+        world.names == ("colour", "size")
+        and world.sizes == (3, 2)
+        and "901 rows read, 1 of them without a text" in said
+    )
+    assert (
+        "rarer values together" in said
+        and f"{lost} texts have none of these" in said
+        and f"{lost} lack a value" in said
+    )
+    assert "id: left out, every value is rarer than 4%" in said and "again: left out, together with size" in said
+    assert not set(map(tuple, world.table[world.train].tolist())) & set(map(tuple, world.table[world.test].tolist()))
+    for part, f in itertools.product((world.train, world.test), (0, 1)):
+        share = torch.bincount(world.values[part, f], world.weight[part])
+        torch.testing.assert_close(share, torch.full_like(share, 1 / world.sizes[f]), atol=1e-6, rtol=0)
+    with pytest.raises(UsageError, match=r"(\d+) of \1 held-out texts are dropped as twins"):
+        exp_nlp.texts(given(tsv=str(tmp_path / "t.tsv"), vocabulary=1), "cpu")
+    exp_nlp.texts(given(tsv=str(tmp_path / "t.tsv"), words=4), "cpu")
+    assert "warning: most held-out texts are dropped" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="id: left out, every value is rarer than 4%"):
+        exp_nlp.texts(given(tsv=str(tmp_path / "t.tsv"), ask=["id"]), "cpu")
+
+
+# -------------------------------------------------------------------------------- the scripts
+
+SIZE = "--steps 12 --batch 4 --n-layer 2 --n-head 2 --d-model 16 --seeds 2 --lr 2e-3 --evaluations 4 --probes 2 " \
+       "--no-compile --precision fp32 --device cpu"  # fmt: skip
+SMALL = f"{SIZE} --pairs 4 --factors 3 3 2 2 1 1 --ask floor_hue wall_hue --code-width 12 --sequences 0"
+EACH = {
+    "exp_plateau.py": f"{SMALL} --difficulty 2 inf",
+    "exp_warmup.py": f"{SMALL} --switch 0 5",
+    "exp_mixture.py": f"{SMALL} --mix easy unrelated",
+    "exp_aux_loss.py": f"{SMALL} --sequences 64 --loss none weights context shuffled norm decay clip weights+norm",
+    "exp_plateau.py --task linear": f"{SIZE} --difficulty 2 3 --pairs 7 --noise 0.1",
+    "exp_aux_loss.py --task linear": f"{SIZE} --difficulty 2 3 --pairs 7 --loss none weights context shuffled norm",
+    "exp_nlp.py": f"{SIZE} --texts 1500 --switch 5 --arm baseline warmup mixture weights context norm",
+    "exp_nlp.py --text wordselect": f"{SIZE} --texts 1500",
+}
+
+
+def run(command: str, expect: int = 0) -> str:
+    """A command line in this process, which saves the import of torch, with small probes. Returns what it printed."""
+    words, code, out = shlex.split(command), 0, io.TextIOWrapper(io.BytesIO(), "utf8", write_through=True)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        patch.setattr(sys, "argv", words)
+        for key, value in {
+            "ITEMS": 128,
+            "PROBE_STEPS": 40,
+            "fcntl": None,
+        }.items():  # a lock lives as long as its process
+            patch.setattr(probes, key, value)
+        try:
+            probes.run(importlib.import_module(words[0][:-3]).main)
+        except SystemExit as stop:
+            code = stop.code
+    said = out.buffer.getvalue().decode()
+    assert code == expect, said
+    return said
+
+
+def start(command: str, **environ) -> subprocess.Popen:
+    """The same in a process of its own."""
+    return subprocess.Popen([sys.executable, *shlex.split(command)], cwd=HERE, env=os.environ | environ, text=True,
+                            encoding="utf8", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+
+
+def science(folder: Path) -> dict:
+    """metrics.json without what may differ between two equal trainings."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return {key: value for key, value in metrics.items() if key not in ("environment", "command", "settings")}
+
+
+def weights_of(folder: Path) -> torch.Tensor:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]["read_out.weight"]
+
+
+@pytest.mark.parametrize("command", EACH)
+def test_each_script_end_to_end(command, tmp_path):
+    said = run(f"{command} {EACH[command]} --out {tmp_path}")
+    metrics = science(tmp_path)
+    assert "12 100% |" in said and probes.report(json.loads((tmp_path / "metrics.json").read_text())) in said
+    assert (
+        len({tuple(w.flatten().tolist()) for w in weights_of(tmp_path)}) == len(metrics["runs"]) > 3
+    )  # each its own way
+    assert all(len(run["loss"]) == 5 and len(run["weights_score"]) == 3 for run in metrics["runs"])
+    first = (tmp_path / "figure.png").read_bytes()
+    (tmp_path / "figure.png").unlink()
+    run(f"{command} {EACH[command]} --out {tmp_path} --replot")
+    assert (tmp_path / "figure.png").read_bytes() == first
+    if command == "exp_plateau.py":
+        oracles = [run["weights_score_converged"] for run in metrics["runs"] if run["arm"] == "oracle"]
+        assert len(oracles) == 2 and np.min(oracles) == 1.0 > np.min(metrics["runs"][0]["weights_score_converged"])
+
+
+def test_killed_interrupted_or_shared_by_two_processes_a_training_gives_the_same_numbers(tmp_path, monkeypatch):
+    flags = f"exp_plateau.py {SMALL} --difficulty 2 inf --steps 600 --evaluations 6"
+    tiny = "import probes; probes.ITEMS, probes.PROBE_STEPS, probes.SAVE_SECONDS = 128, 40, 0; import runpy, sys; " \
+           "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"  # fmt: skip
+    killed = start(f"-c {shlex.quote(tiny)} {flags} --out {tmp_path}/killed")
+    (tmp_path / "tiny.py").write_text(tiny)
+    two = start(
+        f"-m torch.distributed.run --nproc_per_node=2 {tmp_path}/tiny.py {flags} --out {tmp_path}/two",
+        PYTHONPATH=str(HERE),
+    )
+    run(f"{flags} --out {tmp_path}/whole")
+    while not (tmp_path / "killed" / "checkpoint.pt").exists():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    locked = start(f"{flags} --out {tmp_path}/killed --resume")
+    assert "another training is running" in locked.communicate()[0] and locked.returncode == 2
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    steps = itertools.count()
+    adam_step = Adam.step
+
+    def step(optimizer):  # Ctrl-C some steps later
+        if next(steps) == 20:
+            raise KeyboardInterrupt
+        adam_step(optimizer)
+
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(Adam, "step", step)
+        assert "--resume goes on" in run(f"{flags} --out {tmp_path}/killed --resume", expect=130)
+    run(f"{flags} --out {tmp_path}/killed --resume")
+    assert science(tmp_path / "killed") == science(tmp_path / "whole")
+    assert two.wait() == 0, two.stdout.read()
+    assert science(tmp_path / "two") == science(tmp_path / "whole")
+
+
+def test_a_checkpoint_that_is_damaged_or_of_another_command_or_data_is_refused_and_left_alone(tmp_path):
+    table = tmp_path / "data.tsv"
+    rows = [f"a{i % 7} b{i} c{i % 3}\t{'yes' if i % 2 else 'no'}" for i in range(200)]
+    table.write_text("text\tlabel\n" + "\n".join(rows))
+    flags = f"exp_nlp.py {SIZE} --pairs 4 --arm baseline weights --tsv {table} --out {tmp_path}/x"
+    run(flags)
+    path = tmp_path / "x" / "checkpoint.pt"
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1  # one bit of a tensor
+    for content in (b"", whole[: len(whole) // 2], bytes(flipped)):
+        path.write_bytes(content)
+        assert "is damaged" in run(f"{flags} --resume", expect=2) and path.read_bytes() == content
+    path.write_bytes(whole)
+    assert "--batch (then 4, now 5)" in run(f"{flags} --resume --batch 5", expect=2)
+    table.write_text(table.read_text().replace("a0", "a9"))
+    assert f"the contents of {table}" in run(f"{flags} --resume", expect=2)
+    assert "of an earlier training" in run(flags, expect=2) and path.read_bytes() == whole
+    run(f"{flags} --overwrite")
+
+
+def test_before_its_switch_a_run_is_the_easy_run_and_arms_that_do_nothing_are_the_baseline(tmp_path):
+    run(f"exp_plateau.py {SMALL} --difficulty 1 inf --no-oracle --out {tmp_path}/plain")
+    run(f"exp_warmup.py {SMALL} --switch 0 11 --out {tmp_path}/warm")
+    run(f"exp_mixture.py {SMALL} --fraction 0 0.5 1 --out {tmp_path}/mix")
+    run(f"exp_aux_loss.py {SMALL} --loss none weights:1e-9 clip:1e5 --out {tmp_path}/aux")
+    easy, hard = weights_of(tmp_path / "plain").split(2)
+    warm, mix, aux = (weights_of(tmp_path / name).split(2) for name in ("warm", "mix", "aux"))
+    assert torch.equal(warm[0], hard) and torch.equal(mix[0], hard) and torch.equal(mix[2], easy)
+    assert not torch.equal(mix[1], easy) and not torch.equal(mix[1], hard)
+    assert torch.equal(aux[0], hard) and torch.equal(aux[2], hard)
+    # the warm-up by hand: steps 0 to 10 easy, the last one on the target
+    world, seed = shapes((3, 3, 2, 2, 1, 1), FACTORS[:2], code_width=12, code_gain=2.5), torch.tensor([0, 1])
+    model = GPT(Config(d_x=12, d_y=3, n_pair=4, n_layer=2, n_head=2, d_model=16), [0, 1])
+    optimizer = Adam(model, 2e-3)
+    for step in range(12):
+        m = mappings([1.0 if step < 11 else math.inf] * 2, "cpu")
+        batch = world.sample(seed, m, sequence_numbers(seed, step, 4), 4)
+        world.loss(model(batch.x, batch.y), batch).mean((1, 2)).sum().backward()
+        optimizer.step()
+    assert torch.equal(model.read_out.weight, warm[1]) and not torch.equal(warm[1], easy)
+
+
+def test_a_run_that_diverges_is_null_and_spares_the_others(tmp_path):
+    run(f"exp_plateau.py {SMALL} --difficulty inf --no-oracle --lr 1e-3 1e9 --out {tmp_path}/both")
+    run(f"exp_plateau.py {SMALL} --difficulty inf --no-oracle --lr 1e-3 --out {tmp_path}/alone")
+    both, alone = science(tmp_path / "both")["runs"], science(tmp_path / "alone")["runs"]
+    assert both[:2] == alone and all(run["loss"][-1] is None and run["plateau_length"] is None for run in both[2:])
+    run(f"exp_plateau.py {SIZE} --task linear --difficulty 2 --pairs 3 --lr 1e9 --out {tmp_path}/none")
+    assert (tmp_path / "none" / "figure.png").exists()
+
+
+def test_the_environment_is_not_believed_and_a_closed_output_ends_nothing(tmp_path):
+    """Ranks without torchrun, a notebook's backend, another alphabet, names that are formulas, a broken pipe."""
+    table = tmp_path / "$x_1$ \u0416.tsv"
+    labels = ["no", "$\u0416^$"]
+    table.write_text("text\t$a_b$\n" + "\n".join(f"w{i % 9} v{i} u{i % 4}\t{labels[i % 2]}" for i in range(300)))
+    environ = dict(
+        WORLD_SIZE="2", RANK="1", MPLBACKEND="module://matplotlib_inline.backend_inline", PYTHONIOENCODING="ascii"
+    )
+    odd = start(
+        f"exp_nlp.py {SIZE} --pairs 4 --arm baseline --tsv {shlex.quote(str(table))} --out {tmp_path}/odd", **environ
+    )
+    closed = start(f"exp_plateau.py {SMALL} --difficulty inf --out {tmp_path}/closed")
+    closed.stdout.close()
+    said = odd.communicate()[0]
+    assert odd.returncode == 0 and "\\u0416" in said, said
+    assert len(science(tmp_path / "odd")["runs"]) == 2 and (tmp_path / "odd" / "figure.png").exists()
+    assert closed.wait() == 0 and (tmp_path / "closed" / "figure.png").exists()
+
+
+@pytest.mark.parametrize("command, named", [
+    ("exp_plateau.py --difficulty 1.5", "--difficulty"), ("exp_plateau.py --difficulty 1000000", "--difficulty"),
+    ("exp_plateau.py --factors 4 4 4 4 5 1", "--factors"), ("exp_plateau.py --ask orientation", "--ask"),
+    ("exp_plateau.py --n-head 3", "--n-head"), ("exp_plateau.py --device cuda:77", "--device"),
+    ("exp_plateau.py --lr nan", "--lr"), ("exp_plateau.py --resume", "--resume"),
+    ("exp_plateau.py --replot", "--replot"),
+    ("exp_plateau.py --out requirements.txt/x", "--out"), ("exp_plateau.py --embedding nowhere.npz", "--embedding"),
+    ("exp_plateau.py --difficulty 1 --ask floor_hue", "--difficulty"), ("exp_plateau.py --sequences 3", "--sequences"),
+    ("exp_warmup.py --switch 12", "--switch"),
+    ("exp_warmup.py --switch 5 --warmup-difficulty inf", "--warmup-difficulty"),
+    ("exp_mixture.py --fraction 0.3", "--fraction"), ("exp_aux_loss.py --loss weights:0.1+weights:1", "--loss"),
+    ("exp_aux_loss.py --loss magic", "--loss"), ("exp_aux_loss.py --ask floor_hue --loss context", "--ask"),
+])  # fmt: skip
+def test_wrong_input_ends_in_one_line_that_names_the_flag_and_leaves_nothing_behind(command, named, tmp_path):
+    script, flags = command.split(" ", 1)
+    said = run(f"{script} {SMALL} --out {tmp_path}/x {flags}", expect=2).strip().splitlines()
+    assert named in said[-1] and not any("Traceback" in line for line in said) and not [*tmp_path.glob("x/*")]
+
+
+@pytest.mark.parametrize("device", ["meta", *["cuda"] * torch.cuda.is_available()])
+@pytest.mark.parametrize("command", [command for command in EACH if "nlp" not in command])
+def test_a_training_step_never_asks_its_device_for_a_number(command, device, tmp_path, monkeypatch):
+    """On torch's meta device tensors have no values and mix with no others: what a step would fetch from a GPU,
+    or leave on the CPU, is an error here. A GPU itself is told to refuse."""
+    script = importlib.import_module(command.split(".")[0])
+
+    class Steps:
+        def __init__(self, *_):
+            pass
+
+        def steps(self):
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("error")
+            yield from range(7)
+            torch.cuda.set_sync_debug_mode("default") if device == "cuda" else None
+            raise KeyboardInterrupt  # trained; nothing to measure
+
+    monkeypatch.setattr(probes, "Record", Steps)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # meta has none
+    monkeypatch.setattr(script, "pick_device", lambda *_: (torch.device(device), "fp32"))
+    assert "interrupted" in run(f"{command} {EACH[command]} --out {tmp_path}/x", expect=130)
+
+
+COMMANDS = sorted(set(re.findall(r"^python ((?:exp_\w+|model|probes)\.py[^\n#>`]*)", README, re.M)))
+
+
+def test_results_are_made_by_the_command_and_hold_every_number_of_the_readmes_tables(capsys, monkeypatch):
+    made_of = sorted(map(str, (HERE / "assets").glob("*.json")))
+    monkeypatch.setattr(sys, "argv", ["probes.py", *made_of])
+    probes.main()
+    results = (HERE / "assets" / "results.md").read_text()
+    assert capsys.readouterr().out == results
+    verdicts = re.findall(r"^\| \d+ \|(.*)\|$", README, re.M)
+    numbers = {number for line in verdicts for number in re.findall(r"(?<![\w.`-])\d[\d,.]*\d(?![\w`])", line)}
+    assert len(verdicts) == 10 and len(numbers) > 5 and not {number for number in numbers if number not in results}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_readme_runs_at_tiny_size(command, tmp_path, monkeypatch):
+    script, _, flags = re.sub(r"--(steps|seeds|evaluations|probes|switch)( \d+)+", "", command).partition(" ")
+    if not script.startswith("exp_") or "FILE" in flags:
+        pytest.skip("not a training, or of the reader's own file")
+    if not (HERE / script).exists():  # the reader's copy, with the edit that the README shows
+        ((original, text),) = re.findall(rf"^cp (\w+\.py) {script}$.*?```diff\n(.*?)```", README, re.M | re.S)
+        old, new = ("".join(f"{line[1:]}\n" for line in text.splitlines() if line[0] == sign) for sign in "-+")
+        code_ = (HERE / original).read_text()
+        assert code_.count(old) == 1
+        (tmp_path / script).write_text(code_.replace(old, new))
+        monkeypatch.syspath_prepend(tmp_path)
+        flags += " --switch 0 5"
+    small = SIZE if "nlp" in script or "linear" in flags else SMALL
+    small += " --switch 0 5" if script == "exp_warmup.py" else ""
+    run(f"{script} {small} {flags} {'--difficulty 1 100' if 'paper' in flags else ''} --out {tmp_path}/out")
+    assert (tmp_path / "out" / "figure.png").exists()
