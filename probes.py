@@ -323,7 +323,6 @@ class Record:
         for file in (given.get("embedding"), given.get("tsv"), *(given.get("conllu") or ())):
             if file and Path(file).is_file():
                 self.settings[f"the contents of {file}"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
-        open_folder(args)
         self.path = Path(args.out) / (f"checkpoint-{RANK}.pt" if PROCESSES > 1 else "checkpoint.pt")
         say(f"{len(runs)} runs x {args.steps:,} steps; reference levels and first probing ...")
         keys, self.device = [(run["seed"], run["difficulty"]) for run in runs], next(model.parameters()).device
@@ -332,6 +331,7 @@ class Record:
         self.no_context = [level["no_context_loss"] for level in self.levels]  # (r,)
         if min(self.no_context) < 1e-6:
             raise UsageError("--difficulty 1: one asked factor leaves nothing to the context; ask two or raise it")
+        open_folder(args)
         seed = torch.tensor([seed for seed, _ in keys], device=self.device)
         m = mappings([difficulty for _, difficulty in keys], self.device)
         which = HELD_OUT + torch.arange(64, device=self.device).expand(len(runs), -1)
@@ -345,7 +345,7 @@ class Record:
 
     def steps(self):
         """The steps to train, one by one. In between: measure, save a checkpoint at most a minute old, then print."""
-        began, before, saved = time.perf_counter(), self.kept["seconds"], -math.inf
+        began, before, saved, mark = time.perf_counter(), self.kept["seconds"], -math.inf, None
         for step in range(self.first, self.args.steps + 1):
             due = step in self.due and step not in self.kept["steps"]
             if due:
@@ -357,9 +357,13 @@ class Record:
                             self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, content)  # fmt: skip
                 write_aside(self.path, content.getvalue())
             if due:
-                pace = (now - began) / max(1, step - self.first)
-                say(f"{step:6d} {step / self.args.steps:4.0%} | {self.medians()} | {1000 * pace:.0f} ms/step, "
-                    f"{(self.args.steps - step) * pace / 60:.1f} min left")  # fmt: skip
+                left = "medians over seeds"
+                if mark:
+                    pace = (now - mark[1]) / (step - mark[0])
+                    left = f"{1000 * pace:.0f} ms/step, {(self.args.steps - step) * pace / 60:.1f} min left"
+                elif step > self.first:  # the interval before holds the compilation
+                    mark = step, now
+                say(f"{step:6d} {step / self.args.steps:4.0%} | {self.medians()} | {left}")
             if step < self.args.steps:
                 yield step
 
@@ -392,7 +396,7 @@ class Record:
 
     def load(self) -> int:
         """Restore everything; returns the step to go on from. UsageError where that cannot be."""
-        if RANK and not self.path.exists():
+        if not self.path.exists() and list(self.path.parent.glob("checkpoint-*.pt")):
             return 0  # this process of several was stopped before its first save
         try:
             with zipfile.ZipFile(self.path) as archive:
@@ -400,18 +404,22 @@ class Record:
                     raise ValueError
             state = torch.load(self.path, map_location=self.device, weights_only=True)
             then = state["settings"]
+            other = [f"{key} (then {then.get(key)}, now {v})" for key, v in self.settings.items() if then.get(key) != v]
+            if other or state["runs"] != self.runs:
+                what = ", ".join(other) or "its runs are others"
+                raise UsageError(
+                    f"--resume: the checkpoint is of another command: {what}; use its flags, or --overwrite"
+                )
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.kept = state["kept"]
+            return int(state["step"])
         except FileNotFoundError:
             raise UsageError(f"--resume: no checkpoint in {self.path.parent}; start without --resume") from None
+        except (UsageError, MemoryError):
+            raise
         except Exception:  # of a damaged file torch raises nearly anything
             raise UsageError(f"--resume: {self.path} is damaged or not of this script; use --overwrite") from None
-        other = [f"{key} (then {then.get(key)}, now {v})" for key, v in self.settings.items() if then.get(key) != v]
-        if other or state["runs"] != self.runs:
-            what = ", ".join(other) or "its runs are others"
-            raise UsageError(f"--resume: the checkpoint is of another command: {what}; use its flags, or --overwrite")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.kept = state["kept"]
-        return state["step"]
 
     def finish(self, **more) -> dict:
         """Write metrics.json, print table and verdict, return the metrics; all processes but the first end here."""
@@ -437,7 +445,7 @@ class Record:
         metrics = {
             "script": self.settings["script"], "command": printable(shlex.join(["python", *sys.argv])),
             "settings": self.settings,
-            "environment": {"commit": commit.decode().strip(), "torch": torch.__version__,
+            "environment": {"commit": commit.decode(errors="replace").strip(), "torch": torch.__version__,
                             "device": gpu or f"CPU, {torch.get_num_threads()} threads",
                             "minutes": round(self.kept["seconds"] / 60, 1), "date": time.strftime("%Y-%m-%d")},
             "lr": self.args.lr, "block": self.block, "error": not self.world.n_label,
