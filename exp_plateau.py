@@ -124,26 +124,30 @@ def plot(metrics: dict, out: str) -> None:
     d.axvline(0, color="grey", ls="--", lw=1)
     d.set(title="(d) Do long plateaus go with a damaged component?", xlabel="weights score, end minus start",
           ylabel="plateau length in steps", ylim=0)  # fmt: skip
-    d.legend(fontsize=8)
     if metrics["example"]:
-        draw_example(figure, metrics["example"])
+        figure.set_figheight(10)
+        figure.get_layout_engine().set(rect=(0, 0.21, 1, 0.79))
+        draw_context(figure.add_axes((0.67, 0.05, 0.32, 0.12)), metrics, groups)
+        draw_example(figure.add_axes((0.01, 0.0, 0.6, 0.19)), metrics["example"])
     probes.save_figure(figure, out)
 
 
-def draw_example(figure, shown: dict) -> None:
-    """A strip of one worked sequence under the panels."""
-    figure.set_figheight(9.6)
-    figure.get_layout_engine().set(rect=(0, 0.17, 1, 0.83))
-    strip = figure.add_axes((0.02, 0.0, 0.96, 0.15))
-    for i, (values, label) in enumerate(list(zip(shown["values"], shown["label"]))[:12]):
-        picture = image(np.array(values)).transpose(1, 2, 0).clip(0, 1)
-        strip.imshow(picture, extent=(18 * i, 18 * i + 16, 0, 16))
-        strip.text(18 * i + 8, -3, f"label {label}", ha="center", va="center", fontsize=9)
-    strip.set(xlim=(-1, 18 * 12 - 1), ylim=(-6, 17))
-    strip.axis("off")
-    asked = shown["asked"].replace("_", " ")
-    title = f"A sequence: the label is the {asked}, renamed. Which factor, and which names, the pairs tell"
-    strip.set_title(title, fontsize=10)
+def draw_context(ax, metrics: dict, groups: dict) -> None:
+    for colour, runs in zip(probes.COLOURS, groups.values()):
+        if "context_score" in runs[0]:
+            last = {run["seed"]: [row[-1] for row in run["context_score"]] for run in runs}
+            probes.curves(ax, metrics["probe_steps"], runs, lambda run: last[run["seed"]], colour)
+    ax.axhline(metrics["chance_context"], color="grey", ls="--", lw=1)
+    ax.set(title="(e) Context score (grey: chance)", xlabel="step")
+
+
+def draw_example(ax, shown: dict) -> None:
+    for i, (values, label) in enumerate(list(zip(shown["values"], shown["label"]))[:8]):
+        ax.imshow(image(np.array(values)).transpose(1, 2, 0).clip(0, 1), extent=(18 * i, 18 * i + 16, 0, 16))
+        ax.text(18 * i + 8, -3, f"label {label}", ha="center", va="center", fontsize=9)
+    title = f"A sequence: the label is the {shown['asked'].replace('_', ' ')}, renamed"
+    ax.set(xlim=(-1, 18 * 8 - 1), ylim=(-6, 17), title=title)
+    ax.axis("off")
 
 
 if __name__ == "__main__":
