@@ -281,6 +281,7 @@ def test_a_finite_set_of_sequences_is_seen_once_an_epoch():
     for r, epoch in itertools.product(range(2), range(2)):
         assert sorted(steps[4 * epoch : 4 * epoch + 4, r].flatten().tolist()) == list(range(20))
     assert not torch.equal(steps[:4], steps[4:]) and not torch.equal(steps[:, 0], steps[:, 1])
+    assert sequence_numbers(seed, 10**8, 10**5).max() < HELD_OUT  # the longest training meets no held-out sequence
 
 
 def test_bayes_equals_enumeration():
@@ -435,6 +436,7 @@ def test_an_oracle_sees_the_factor_values_and_its_neighbours_do_not():
     batch = world.sample(seed, m, number, 4)
     assert torch.equal(batch.x[0, ..., :5], plain.x[0]) and not batch.x[0, ..., 5:].any() and world.inputs["d_x"] == 14
     assert torch.equal(batch.label, plain.label)
+    torch.testing.assert_close(world.clean.square().mean(0), torch.ones(14))  # standardised
     sizes = [4, 3, 2, 2, 3]
     for b, n in itertools.product(range(6), range(4)):
         values = [v for v, size in zip(np.unravel_index(batch.item[1, b, n].item(), FEW), FEW) if size > 1]
