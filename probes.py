@@ -264,18 +264,20 @@ def report(metrics: dict) -> str:
         alike = [r for r in every if r["difficulty"] == m and r["arm"] != arm]
         pairs = [(r, "same rate") for r in alike if r["lr"] == row["lr"]]
         pairs += [(r, "each at its best rate") for r in alike if r["best"] and row["best"]]
-        said = ""
+        said = f"- {arm}, {name} = {m}, {lr}: {row['left']} of {n} leave the plateau, {row['completed']} complete"
         for r, where in pairs:
-            change = [row["length"][seed] - steps for seed, steps in r["length"].items()]
+            change = [row["length"][seed] - steps for seed, steps in r["length"].items() if seed in row["length"]]
             sooner, later = sum(c < 0 for c in change), sum(c > 0 for c in change)
-            if r["arm"] == "baseline":
+            if r["arm"] == "baseline" and change:
                 said += (
-                    f"; {where}: leaves sooner than the baseline in {sooner} of {n} seeds, later in {later} (sign test"
+                    f"; {where}: leaves sooner than the baseline in {sooner} of {len(change)} seeds, later in {later}"
                 )
-                said += f" p = {sign_test(sooner, later):.2g}), median {statistics.median(change):+,.0f} steps"
+                said += (
+                    f" (sign test p = {sign_test(sooner, later):.2g}), median {statistics.median(change):+,.0f} steps"
+                )
             if (arm, r["arm"], where) == ("baseline", "oracle", "same rate"):
                 said += f"; the plateau is {row['median'] / max(1, r['median']):.2g} times the oracle's"
-        words += [f"- {arm}, {name} = {m}, {lr}{said}."] if said else []
+        words.append(f"{said}.")
     return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), "", *words]).rstrip()
 
 

@@ -542,8 +542,8 @@ def test_rows_pair_by_seed_at_the_common_rate_and_at_each_arms_best_and_mark_the
         in text
     )
     assert "| baseline | inf | 1e-3 | 40 - 60 | at least 60 | 2 of 3 |" in text
-    assert "new, m = inf, 1e-3; same rate: leaves sooner than the baseline in 2 of 3 seeds, later in 1 (sign test " \
-           "p = 1), median -30 steps." in text  # fmt: skip
+    assert "new, m = inf, 1e-3: 2 of 3 leave the plateau, 0 complete; same rate: leaves sooner than the baseline in " \
+           "2 of 3 seeds, later in 1 (sign test p = 1), median -30 steps." in text  # fmt: skip
     assert "each at its best rate: leaves sooner than the baseline in 3 of 3 seeds, later in 0 (sign test " \
            "p = 0.25), median -25 steps." in text  # fmt: skip
 
