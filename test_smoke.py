@@ -859,21 +859,29 @@ def test_before_its_switch_a_run_is_the_easy_run_and_arms_that_do_nothing_are_th
     run(f"exp_warmup.py {SMALL} --switch 0 11 --out {tmp_path}/warm")
     run(f"exp_mixture.py {SMALL} --fraction 0 0.5 1 --out {tmp_path}/mix")
     run(f"exp_aux_loss.py {SMALL} --loss none weights:1e-9 clip:1e5 --out {tmp_path}/aux")
-    easy, hard = weights_of(tmp_path / "plain").split(2)
+    easy_weights, hard = weights_of(tmp_path / "plain").split(2)
     warm, mix, aux = (weights_of(tmp_path / name).split(2) for name in ("warm", "mix", "aux"))
-    assert torch.equal(warm[0], hard) and torch.equal(mix[0], hard) and torch.equal(mix[2], easy)
-    assert not torch.equal(mix[1], easy) and not torch.equal(mix[1], hard)
+    assert torch.equal(warm[0], hard) and torch.equal(mix[0], hard) and torch.equal(mix[2], easy_weights)
+    assert not torch.equal(mix[1], easy_weights) and not torch.equal(mix[1], hard)
     assert torch.equal(aux[0], hard) and torch.equal(aux[2], hard)
-    # the warm-up by hand: steps 0 to 10 easy, the last one on the target
-    world, seed = shapes((3, 3, 2, 2, 1, 1), FACTORS[:2], code_width=12, code_gain=2.5), torch.tensor([0, 1])
-    model = GPT(Config(d_x=12, d_y=3, n_pair=4, n_layer=2, n_head=2, d_model=16), [0, 1])
-    optimizer = Adam(model, 2e-3)
-    for step in range(12):
-        m = mappings([1.0 if step < 11 else math.inf] * 2, "cpu")
-        batch = world.sample(seed, m, sequence_numbers(seed, step, 4), 4)
-        world.loss(model(batch.x, batch.y), batch).mean((1, 2)).sum().backward()
-        optimizer.step()
-    assert torch.equal(model.read_out.weight, warm[1]) and not torch.equal(warm[1], easy)
+    run(f"exp_nlp.py {SIZE} --texts 1500 --arm baseline warmup mixture --switch 0 --fraction 0 --out {tmp_path}/nlp")
+    base, warm_text, mixed_text = weights_of(tmp_path / "nlp").split(2)
+    assert torch.equal(base, warm_text) and torch.equal(base, mixed_text)
+    # by hand: a warm-up whose last step is on the target, and text that is on its target from step 0
+    for world, pairs, easy, target, want in (
+        (shapes((3, 3, 2, 2, 1, 1), FACTORS[:2], code_width=12, code_gain=2.5), 4, 11, math.inf, warm[1]),
+        (exp_nlp.texts(given(texts=1500, pairs=6), "cpu"), 6, 0, 4.0, base),
+    ):
+        seed = torch.tensor([0, 1])
+        model = GPT(Config(**world.inputs, n_pair=pairs, n_layer=2, n_head=2, d_model=16), [0, 1])
+        optimizer = Adam(model, 2e-3)
+        for step in range(12):
+            m = mappings([1.0 if step < easy else target] * 2, "cpu")
+            batch = world.sample(seed, m, sequence_numbers(seed, step, 4), pairs)
+            world.loss(model(batch.x, batch.y), batch).mean((1, 2)).sum().backward()
+            optimizer.step()
+        assert torch.equal(model.read_out.weight, want)
+    assert not torch.equal(warm[1], easy_weights)
 
 
 def test_a_run_that_diverges_is_null_and_spares_the_others(tmp_path):
