@@ -133,10 +133,10 @@ def plot(metrics: dict, out: str) -> None:
 
 
 def draw_context(ax, metrics: dict, groups: dict) -> None:
+    last_block = lambda run: [by_block[-1] for by_block in run["context_score"]]
     for colour, runs in zip(probes.COLOURS, groups.values()):
         if "context_score" in runs[0]:
-            last = {run["seed"]: [row[-1] for row in run["context_score"]] for run in runs}
-            probes.curves(ax, metrics["probe_steps"], runs, lambda run: last[run["seed"]], colour)
+            probes.curves(ax, metrics["probe_steps"], runs, last_block, colour)
     ax.axhline(metrics["chance_context"], color="grey", ls="--", lw=1)
     ax.set(title="(e) Context score (grey: chance)", xlabel="step")
 

@@ -269,12 +269,9 @@ def report(metrics: dict) -> str:
             change = [row["length"][seed] - steps for seed, steps in r["length"].items() if seed in row["length"]]
             sooner, later = sum(c < 0 for c in change), sum(c > 0 for c in change)
             if r["arm"] == "baseline" and change:
-                said += (
-                    f"; {where}: leaves sooner than the baseline in {sooner} of {len(change)} seeds, later in {later}"
-                )
-                said += (
-                    f" (sign test p = {sign_test(sooner, later):.2g}), median {statistics.median(change):+,.0f} steps"
-                )
+                said += f"; {where}: leaves sooner than the baseline in {sooner} of {len(change)} seeds, "
+                said += f"later in {later} (sign test p = {sign_test(sooner, later):.2g}), "
+                said += f"median {statistics.median(change):+,.0f} steps"
             if (arm, r["arm"], where) == ("baseline", "oracle", "same rate"):
                 said += f"; the plateau is {row['median'] / max(1, r['median']):.2g} times the oracle's"
         words.append(f"{said}.")
