@@ -26,10 +26,10 @@ from einops import rearrange
 
 import probes
 from model import GPT, Adam, Config, Linear, compile_blocks, pick_device
-from tasks import FACTORS, SIZES, Regression, mappings, parse_difficulty, sequence_numbers, shapes
+from tasks import FACTORS, SIZES, Regression, mapping_counts, parse_difficulty, sequence_numbers, shapes
 
 WEIGHTS = dict(weights=0.3, context=0.3, shuffled=0.3, norm=0.01, decay=1.0, clip=0.2, epsilon=1e-4)  # of each arm
-SHAPES = {
+DEFAULTS = {
     "laptop": dict(difficulty=[math.inf],
                    lr=[5e-4], steps=1500, batch=48, pairs=12, n_layer=3, n_head=2, d_model=64, evaluations=60, probes=4,
                    embedding="code", code_width=32, code_gain=2.5, code_seed=0, factors=[4, 4, 4, 4, 4, 1],
@@ -49,7 +49,7 @@ LINEAR = {
 
 def parse_args():
     linear = probes.early("--task", "shapes") == "linear"
-    parser = probes.flags(__doc__, LINEAR if linear else SHAPES)
+    parser = probes.flags(__doc__, LINEAR if linear else DEFAULTS)
     add, between = parser.add_argument, probes.between
     add("--task", choices=("shapes", "linear"), default="shapes", help="images, or linear regression")
     add("--noise", type=between(0, 1e6, float), default=0.0, help="linear: deviation of y")
@@ -111,7 +111,7 @@ def main():
     else:
         world = Regression(int(args.difficulty[-1]), args.noise, device)
     seeds = [run["seed"] for run in runs]
-    seed, target = torch.tensor(seeds, device=device), mappings([run["difficulty"] for run in runs], device)
+    seed, target = torch.tensor(seeds, device=device), mapping_counts([run["difficulty"] for run in runs], device)
     config = Config(**world.inputs, n_pair=args.pairs, n_layer=args.n_layer, n_head=args.n_head, d_model=args.d_model)
     model = GPT(config, seeds)
     model.extra = Linear(len(runs), args.d_model, world.n_value + world.n_asked)  # read-outs of the extra losses
@@ -122,7 +122,7 @@ def main():
     if not args.no_compile:
         compile_blocks(model)
 
-    for step in record.steps():
+    for step in record.steps():  # in between it measures, prints and saves
         batch = world.sample(seed, target, sequence_numbers(seed, step, args.batch, args.sequences), args.pairs)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             logits, states = model(batch.x, batch.y, hidden=True)  # states: after each block, (r, b, tokens, d)

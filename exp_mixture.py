@@ -21,9 +21,9 @@ import torch
 
 import probes
 from model import GPT, Adam, Config, compile_blocks, pick_device
-from tasks import FACTORS, SIZES, mappings, parse_difficulty, sequence_numbers, shapes
+from tasks import FACTORS, SIZES, mapping_counts, parse_difficulty, sequence_numbers, shapes
 
-SHAPES = {
+DEFAULTS = {
     "laptop": dict(difficulty=[math.inf],
                    lr=[5e-4], steps=2000, batch=48, pairs=12, n_layer=3, n_head=2, d_model=64, evaluations=80, probes=4,
                    embedding="code", code_width=32, code_gain=2.5, code_seed=0, factors=[4, 4, 4, 4, 4, 1],
@@ -36,7 +36,7 @@ SHAPES = {
 
 
 def parse_args():
-    parser = probes.flags(__doc__, SHAPES)
+    parser = probes.flags(__doc__, DEFAULTS)
     add, between = parser.add_argument, probes.between
     add(
         "--fraction",
@@ -47,7 +47,7 @@ def parse_args():
     )
     add("--mix", choices=("easy", "unrelated"), nargs="+", default=["easy"], help="what is mixed in")
     add("--easy-difficulty", type=parse_difficulty, default=1.0, help="mappings in play in the easy part")
-    add("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, inf = always fresh; linear: d")
+    add("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, inf = always fresh")
     add("--lr", type=between(1e-9, 1e9, float), nargs="+", help="Adam's; the first is common, all for an arm's best")
     add("--steps", type=between(1, 1e8), help="training steps, the budget")
     add("--batch", type=between(1, 1e5), help="sequences per step")
@@ -87,11 +87,11 @@ def main():
     if "unrelated" in args.mix:
         foreign = shapes(args.factors, args.ask, "code", width, args.code_gain, args.code_seed + 1, device).table
     seeds = [run["seed"] for run in runs]
-    seed, target = torch.tensor(seeds, device=device), mappings([run["difficulty"] for run in runs], device)
+    seed, target = torch.tensor(seeds, device=device), mapping_counts([run["difficulty"] for run in runs], device)
     rows = torch.tensor([round(run["fraction"] * args.batch) for run in runs])
     mixed = (torch.arange(args.batch) < rows[:, None]).to(device)  # (r, b): the first sequences of a batch are easy
     unrelated = torch.tensor([run["mix"] == "unrelated" for run in runs], device=device)[:, None]
-    easy = mappings([args.easy_difficulty], device)
+    easy = mapping_counts([args.easy_difficulty], device)
     config = Config(**world.inputs, n_pair=args.pairs, n_layer=args.n_layer, n_head=args.n_head, d_model=args.d_model)
     model = GPT(config, seeds).to(device)
     optimizer = Adam(model, [run["lr"] for run in runs])
@@ -99,7 +99,7 @@ def main():
     if not args.no_compile:
         compile_blocks(model)
 
-    for step in record.steps():
+    for step in record.steps():  # in between it measures, prints and saves
         m = torch.where(mixed, easy, target[:, None])  # (r, b): the mixture
         batch = world.sample(seed, m, sequence_numbers(seed, step, args.batch, args.sequences), args.pairs)
         x = torch.where((mixed & unrelated)[..., None, None], foreign[batch.item], batch.x)

@@ -26,7 +26,7 @@ from einops import rearrange
 
 import probes
 from model import GPT, Adam, Config, Linear, compile_blocks, pick_device
-from tasks import Items, UsageError, mappings, parse_difficulty, sequence_numbers
+from tasks import Items, UsageError, mapping_counts, parse_difficulty, sequence_numbers
 
 ARMS, FOUR = "baseline warmup mixture weights context norm".split(), "baseline weights context norm".split()
 PAD, UNKNOWN, STOP, FIRST = range(4)  # every text ends in STOP, where its label is predicted; words from FIRST on
@@ -91,8 +91,8 @@ def main():
     weights, context, norm, switch, rows = torch.tensor(size, device=device)  # (r,) each
     mixed = torch.arange(args.batch, device=device) < rows[:, None]  # (r, b): the first sequences of a batch are easy
     seeds = [run["seed"] for run in runs]
-    seed, target = torch.tensor(seeds, device=device), mappings([run["difficulty"] for run in runs], device)
-    easy, bag = mappings([1], device), bag_of_words(world)
+    seed, target = torch.tensor(seeds, device=device), mapping_counts([run["difficulty"] for run in runs], device)
+    easy, bag = mapping_counts([1], device), bag_of_words(world)
     config = Config(**world.inputs, n_pair=args.pairs, n_layer=args.n_layer, n_head=args.n_head, d_model=args.d_model)
     model = GPT(config, seeds)
     model.extra = Linear(len(runs), args.d_model, world.n_value + world.n_asked)  # read-outs of the extra losses
@@ -103,7 +103,7 @@ def main():
     if not args.no_compile:
         compile_blocks(model)
 
-    for step in record.steps():
+    for step in record.steps():  # in between it measures, prints and saves
         m = torch.where(mixed | (step < switch)[:, None], easy, target[:, None])  # (r, b): warm-up and mixture
         batch = world.sample(seed, m, sequence_numbers(seed, step, args.batch), args.pairs)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -336,7 +336,7 @@ def bag_of_words(world: Items) -> dict[str, float]:  # held-out accuracy of the 
     for item in (world.draw(8192, False, generator), world.draw(2048, True, generator)):
         count = torch.zeros(1, len(item), world.n_word, device=item.device)
         parts += [count.scatter_(2, world.table[item][None], 1.0, reduce="add"), world.values[item][None]]
-    return dict(zip(world.names, probes.number(probes.converged_probe(*parts, world.sizes)[0].tolist())))
+    return dict(zip(world.names, probes.for_json(probes.converged_probe(*parts, world.sizes)[0].tolist())))
 
 
 def plot(metrics: dict, out: str) -> None:

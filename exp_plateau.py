@@ -20,9 +20,9 @@ import torch
 
 import probes
 from model import GPT, Adam, Config, compile_blocks, pick_device
-from tasks import FACTORS, SIZES, Regression, image, mappings, parse_difficulty, sequence_numbers, shapes
+from tasks import FACTORS, SIZES, Regression, image, mapping_counts, parse_difficulty, sequence_numbers, shapes
 
-SHAPES = {
+DEFAULTS = {
     "laptop": dict(difficulty=[1, math.inf],
                    lr=[5e-4], steps=2000, batch=48, pairs=12, n_layer=3, n_head=2, d_model=64, evaluations=80, probes=4,
                    embedding="code", code_width=32, code_gain=2.5, code_seed=0, factors=[4, 4, 4, 4, 4, 1],
@@ -42,7 +42,7 @@ LINEAR = {
 
 def parse_args():
     linear = probes.early("--task", "shapes") == "linear"
-    parser = probes.flags(__doc__, LINEAR if linear else SHAPES)
+    parser = probes.flags(__doc__, LINEAR if linear else DEFAULTS)
     add, between = parser.add_argument, probes.between
     add("--task", choices=("shapes", "linear"), default="shapes", help="images, or linear regression")
     add("--noise", type=between(0, 1e6, float), default=0.0, help="linear: deviation of y")
@@ -88,7 +88,7 @@ def main():
     else:
         world = Regression(int(args.difficulty[-1]), args.noise, device)
     seeds = [run["seed"] for run in runs]
-    seed, target = torch.tensor(seeds, device=device), mappings([run["difficulty"] for run in runs], device)
+    seed, target = torch.tensor(seeds, device=device), mapping_counts([run["difficulty"] for run in runs], device)
     config = Config(**world.inputs, n_pair=args.pairs, n_layer=args.n_layer, n_head=args.n_head, d_model=args.d_model)
     model = GPT(config, seeds).to(device)
     optimizer = Adam(model, [run["lr"] for run in runs])
@@ -96,7 +96,7 @@ def main():
     if not args.no_compile:
         compile_blocks(model)
 
-    for step in record.steps():
+    for step in record.steps():  # in between it measures, prints and saves
         batch = world.sample(seed, target, sequence_numbers(seed, step, args.batch, args.sequences), args.pairs)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             logits = model(batch.x, batch.y)
@@ -110,17 +110,18 @@ def main():
 def example(world, n: int) -> dict:
     """One worked sequence for the picture: asked factor, labels, factor values from which a replot draws the images."""
     one = torch.tensor([0], device=world.values.device)
-    batch = world.sample(one, mappings([math.inf], one.device), one[None] + 3, n)
+    batch = world.sample(one, mapping_counts([math.inf], one.device), one[None] + 3, n)
     values = world.full[batch.item[0, 0]].tolist()
     return {"asked": FACTORS[world.asked[batch.asked.item()]], "label": batch.label[0, 0].tolist(), "values": values}
 
 
 def plot(metrics: dict, out: str) -> None:
     figure, d, groups = probes.draw(metrics, by="difficulty")
-    for colour, (label, runs) in zip(probes.COLOURS, groups.items()):
-        change = [probes.score_change(run, metrics["block"]) for run in runs]
-        left = [probes.at_least(metrics, run) for run in runs]
-        d.plot(change, left, "o", color=colour, label=label)
+    for colour, runs in zip(probes.COLOURS, groups.values()):
+        for run in runs:  # open: still on the plateau at the end
+            face = "none" if run["plateau_length"] is None else colour
+            change = probes.score_change(run, metrics["block"])
+            d.plot(change, probes.at_least(metrics, run), "o", color=colour, mfc=face)
     d.axvline(0, color="grey", ls="--", lw=1)
     d.set(title="(d) Do long plateaus go with a damaged component?", xlabel="weights score, end minus start",
           ylabel="plateau length in steps", ylim=0)  # fmt: skip

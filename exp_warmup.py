@@ -18,9 +18,9 @@ import torch
 
 import probes
 from model import GPT, Adam, Config, compile_blocks, pick_device
-from tasks import FACTORS, SIZES, mappings, parse_difficulty, sequence_numbers, shapes
+from tasks import FACTORS, SIZES, mapping_counts, parse_difficulty, sequence_numbers, shapes
 
-SHAPES = {
+DEFAULTS = {
     "laptop": dict(difficulty=[math.inf], switch=[0, 300],
                    lr=[5e-4], steps=2000, batch=48, pairs=12, n_layer=3, n_head=2, d_model=64, evaluations=80, probes=4,
                    embedding="code", code_width=32, code_gain=2.5, code_seed=0, factors=[4, 4, 4, 4, 4, 1],
@@ -33,11 +33,11 @@ SHAPES = {
 
 
 def parse_args():
-    parser = probes.flags(__doc__, SHAPES)
+    parser = probes.flags(__doc__, DEFAULTS)
     add, between = parser.add_argument, probes.between
     add("--switch", type=between(0, 1e8), nargs="+", help="steps at which to switch; 0 = baseline")
     add("--warmup-difficulty", type=parse_difficulty, default=1.0, help="mappings in play before that")
-    add("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, inf = always fresh; linear: d")
+    add("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, inf = always fresh")
     add("--lr", type=between(1e-9, 1e9, float), nargs="+", help="Adam's; the first is common, all for an arm's best")
     add("--steps", type=between(1, 1e8), help="training steps, the budget")
     add("--batch", type=between(1, 1e5), help="sequences per step")
@@ -57,7 +57,7 @@ def parse_args():
     args = probes.checked(parser)
     if max(args.switch) >= args.steps:
         parser.error(f"--switch {max(args.switch)}: must lie inside the budget, 0 .. {args.steps - 1} (--steps)")
-    if args.warmup_difficulty >= args.difficulty[0]:
+    if max(args.switch) and args.warmup_difficulty >= args.difficulty[0]:
         parser.error(f"--warmup-difficulty {args.warmup_difficulty:g}: must be easier than every --difficulty")
     return args
 
@@ -72,9 +72,9 @@ def main():
                          for lr in args.lr for seed in args.seeds])  # fmt: skip
     world = shapes(args.factors, args.ask, args.embedding, args.code_width, args.code_gain, args.code_seed, device)
     seeds = [run["seed"] for run in runs]
-    seed, target = torch.tensor(seeds, device=device), mappings([run["difficulty"] for run in runs], device)
+    seed, target = torch.tensor(seeds, device=device), mapping_counts([run["difficulty"] for run in runs], device)
     switch = torch.tensor([run["switch"] for run in runs], device=device)
-    easy = mappings([args.warmup_difficulty], device)
+    easy = mapping_counts([args.warmup_difficulty], device)
     config = Config(**world.inputs, n_pair=args.pairs, n_layer=args.n_layer, n_head=args.n_head, d_model=args.d_model)
     model = GPT(config, seeds).to(device)
     optimizer = Adam(model, [run["lr"] for run in runs])
@@ -82,7 +82,7 @@ def main():
     if not args.no_compile:
         compile_blocks(model)
 
-    for step in record.steps():
+    for step in record.steps():  # in between it measures, prints and saves
         m = torch.where(step < switch, easy, target)  # (r,): the warm-up, and all there is to it
         batch = world.sample(seed, m, sequence_numbers(seed, step, args.batch, args.sequences), args.pairs)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -96,12 +96,12 @@ def main():
 
 def plot(metrics: dict, out: str) -> None:
     figure, d, groups = probes.draw(metrics)
-    for colour, (label, runs) in zip(probes.COLOURS, groups.items()):
-        after = [probes.at_least(metrics, run) - run["switch"] for run in runs]
-        d.plot([runs[0]["switch"]] * len(runs), after, "o", color=colour, label=label)
-    d.set(
-        title="(d) Steps on the target task itself", xlabel="switch at step", ylabel="plateau length after it", ylim=0
-    )
+    for colour, runs in zip(probes.COLOURS, groups.values()):
+        for run in runs:  # open: still on the plateau at the end
+            face = "none" if run["plateau_length"] is None else colour
+            d.plot(run["switch"], probes.at_least(metrics, run) - run["switch"], "o", color=colour, mfc=face)
+    d.axhline(0, color="grey", lw=1)
+    d.set(title="(d) Steps on the target task itself", xlabel="switch at step", ylabel="plateau length after it")
     probes.save_figure(figure, out)
 
 

@@ -226,8 +226,9 @@ def pick_device(device: str, precision: str) -> tuple[torch.device, str]:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums over all tokens of a run
         torch.backends.cuda.enable_cudnn_sdp(False)  # which releases choose it differs, and so do its results
     elif sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        # freed memory stays with the process, else Linux clears tens of megabytes anew at every step (glibc: never map,
-        for option, value in ((-4, 0), (-1, -1), (-2, 2**28), (-8, 1)):  # never trim, grow by 256 MB, one arena)
+        # freed memory stays with the process, else Linux clears tens of megabytes anew at every step; glibc's
+        # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX: never map, never trim, grow by 256 MB, one arena
+        for option, value in ((-4, 0), (-1, -1), (-2, 2**28), (-8, 1)):
             mallopt(option, value)
     return found, precision.replace("auto", "bf16" if fast else "fp32")
 
@@ -246,14 +247,15 @@ def main() -> None:
     parser.add_argument("--scale", choices=("laptop", "paper"), default="laptop", help="size of model and batch")
     args = parser.parse_args()
     device, precision = pick_device("auto", "auto")
-    config, batch, n = Config(n_layer=3, n_head=2), 48, 8192 if device.type == "cuda" else 1024
+    config, batch = Config(n_layer=3, n_head=2), 48
+    side = 8192 if device.type == "cuda" else 1024  # of the square product
     if args.scale == "paper":
         config, batch = Config(d_x=768, d_y=15, n_pair=40, n_layer=12, d_model=128), 128
     print(f"{device}, {torch.get_num_threads()} threads, {precision}, batch {batch}, {config}")
     for runs in args.runs:
         model = GPT(config, list(range(runs))).to(device)
         compile_blocks(model)
-        optimizer, square = Adam(model, 1e-4), torch.randn(n, n, device=device)
+        optimizer, square = Adam(model, 1e-4), torch.randn(side, side, device=device)
         x = torch.randn(runs, batch, config.n_pair, config.d_x, device=device)
         label = torch.randint(config.d_y, (runs, batch, config.n_pair), device=device)
         y = F.one_hot(label, config.d_y).float()
@@ -269,8 +271,8 @@ def main() -> None:
             optimizer.count.item()
             times.append((between - began, time.perf_counter() - between))
         product, step = torch.tensor(times[2:]).median(0).values.tolist()  # the first ones compile
-        took, rate = step / runs, 2e-9 * n**3 / product
-        print(f"R = {runs:2d}: {1e3 * took:.2f} ms a run-step; {n} x {n} product {rate:,.0f} GFLOP/s; ", end="")
+        took, rate = step / runs, 2e-9 * side**3 / product
+        print(f"R = {runs:2d}: {1e3 * took:.2f} ms a run-step; {side} x {side} product {rate:,.0f} GFLOP/s; ", end="")
         print(f"a run-step takes as long as {took * rate:.2f} GFLOP of product", flush=True)
 
 

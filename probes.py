@@ -27,7 +27,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from datetime import timedelta
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "agg"  # figures go to files, whatever a notebook has set
@@ -37,10 +36,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
 from torch.nn import functional as F
 
-from tasks import HELD_OUT, UsageError, mappings
+from tasks import HELD_OUT, UsageError, mapping_counts
 
 try:
     import fcntl  # a lock that dies with its process
@@ -53,7 +51,7 @@ TORCHRUN = dist.is_torchelastic_launched()  # RANK and WORLD_SIZE of anything el
 RANK, PROCESSES = (int(os.environ[key]) if TORCHRUN else n for key, n in (("RANK", 0), ("WORLD_SIZE", 1)))
 SAVE_SECONDS = 60  # between two checkpoints
 PROBE_STEPS, PROBE_BATCH, PROBE_RATE = 782, 128, 1e-3  # steps and rate of the paper
-ITEMS, MOST_TOKENS = 4096, 2**20  # states that a probe is trained on; tokens of one pass
+PROBE_ITEMS, MOST_TOKENS = 4096, 2**15  # states that a probe is trained on; tokens of one pass, which fit a cache
 ESCAPE = 0.8  # of the best loss without context: Kim et al. (arXiv 2410.05448)
 COMPLETE = 0.95  # of the Bayes accuracy; in regression: last loss within 0.1 of the Bayes loss
 DAMAGE = 0.015  # a fall of the asked score by more than this, about two standard errors of 410 read-outs
@@ -143,49 +141,39 @@ class Prober:
     """What is probed, on items and sequences drawn once: prober(model) -> {name: (r, k), or by factor (r, k, f)}."""
 
     def __init__(self, world, seed: torch.Tensor, m: torch.Tensor, n: int):
-        runs, self.n, self.half = len(seed), n, n // 2
-        many = -(-ITEMS // (n - self.half))  # sequences, each with the states of its second half
-        number = 2 * HELD_OUT + torch.arange(many + many // 4 + ITEMS, device=seed.device).expand(runs, -1)
-        train, test, more = number.split([many, many // 4, ITEMS], 1)
-        self.batch = [world.sample(seed, m, train, n), world.sample(seed, m, test, n, held_out=True)]
-        asked = [b.asked.reshape(runs, 1, -1, 1, b.asked[0, 0].numel()) for b in self.batch]  # which factor, or w
+        self.n, self.half, self.sizes, self.asked = n, n // 2, world.value_sizes, world.asked_varying
+        self.context_sizes = [world.n_asked] if self.sizes else None
+        self.items = world.to_probe(seed, m, n, PROBE_ITEMS)
+        many = -(-PROBE_ITEMS // (n - self.half))  # sequences, each with the states of its second half
+        number = 2 * HELD_OUT + torch.arange(many + many // 4, device=seed.device).expand(len(seed), -1)
+        self.batch = [
+            world.sample(seed, m, number[:, :many], n),
+            world.sample(seed, m, number[:, many:], n, held_out=True),
+        ]
+        asked = [b.asked.reshape(len(seed), 1, -1, 1, b.asked[0, 0].numel()) for b in self.batch]  # which factor, or w
         self.context = [a.expand(-1, -1, -1, n - self.half, -1).flatten(2, 3) for a in asked]
-        if world.n_label:
-            self.sizes, self.asked_sizes = world.value_sizes, [world.n_asked]
-            self.asked = [world.varying.index(f) for f in world.asked]
-            self.chance, self.chance_context = statistics.mean(1 / self.sizes[f] for f in self.asked), 1 / world.n_asked
-            generator = torch.Generator().manual_seed(0)
-            item = [world.draw(count, out, generator) for count, out in ((ITEMS, False), (ITEMS // 4, True))]
-            item = [i[: max(1, len(i) // n) * n] for i in item]  # whole sequences: identity sees trained positions only
-            self.x = [world.look(i.expand(runs, -1)) for i in item]
-            self.value = [world.values[i][None, None, :, world.varying] for i in item]
-        else:  # numbers: one score, of x
-            self.sizes, self.asked_sizes, self.asked, self.chance, self.chance_context = None, None, [0], 1.0, 1.0
-            part = more[:, : ITEMS // n], more[:, -(ITEMS // n // 4) :]
-            self.x = [world.sample(seed, m, which, n).x.flatten(1, 2) for which in part]
-            self.value = [x[:, None] for x in self.x]
 
     def __call__(self, model) -> dict[str, torch.Tensor]:
         norms = [*(block.norm_1 for block in model.blocks[1:]), model.norm]
-        alone = [states(model, x[:, :, None]) for x in self.x]
+        alone = [states(model, x[:, :, None]) for x, _ in self.items]
         after = [torch.stack([norm(s[:, k]) for k, norm in enumerate(norms)], 1).detach() for s in alone]
         every = [("weights_score", linear_probe, alone), ("weights_score_converged", converged_probe, alone),
                  ("weights_score_after_norm", converged_probe, after)]  # fmt: skip
         if model.config.n_token == 1:
-            x = [x.unflatten(1, (-1, min(self.n, x.shape[1]))) for x in self.x]
-            identity = [states(model, x, x.new_zeros(*x.shape[:3], model.config.d_y), "identity") for x in x]
+            parts = [x.unflatten(1, (-1, min(self.n, x.shape[1]))) for x, _ in self.items]  # sequences
+            identity = [states(model, x, x.new_zeros(*x.shape[:3], model.config.d_y), "identity") for x in parts]
             every.append(("weights_score_identity", linear_probe, identity))
-        value, goal = self.value
-        by_factor = {name: probe(s[0], value, s[1], goal, self.sizes) for name, probe, s in every}
+        (_, value), (_, test_value) = self.items
+        by_factor = {name: probe(s[0], value, s[1], test_value, self.sizes) for name, probe, s in every}
         scores = {name: score[..., self.asked].mean(-1) for name, score in by_factor.items()}
         by_factor = by_factor["weights_score"]
         unasked = [i for i in range(by_factor.shape[-1]) if i not in self.asked]
         if unasked:
             scores["weights_score_unasked"] = by_factor[..., unasked].mean(-1)
-        if self.asked_sizes != [1]:
+        if self.context_sizes != [1]:
             a, b = (states(model, b.x, b.y, first=self.half) for b in self.batch)
             for name, probe in (("context_score", linear_probe), ("context_score_converged", converged_probe)):
-                scores[name] = probe(a, self.context[0], b, self.context[1], self.asked_sizes).mean(-1)
+                scores[name] = probe(a, self.context[0], b, self.context[1], self.context_sizes).mean(-1)
         return scores | {"weights_score_by_factor": by_factor, **geometry(alone[0])}
 
 
@@ -213,8 +201,7 @@ def sign_test(less: int, more: int) -> float:
 
 def rate(lr: float) -> str:
     """As it is typed on a command line: 5e-4."""
-    digits, power = f"{lr:e}".split("e")
-    return f"{float(digits):g}e{int(power)}" if lr < 0.01 else f"{lr:g}"
+    return np.format_float_scientific(lr, trim="-", exp_digits=1)
 
 
 def rows(metrics: dict) -> list[dict]:
@@ -292,10 +279,10 @@ def say(text: str) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def number(value):
+def for_json(value):
     """A number, or nested lists of them, for JSON, which has no NaN: a run that diverged has null from there on."""
     if isinstance(value, list):
-        return [number(v) for v in value]
+        return [for_json(v) for v in value]
     return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
@@ -325,14 +312,19 @@ class Record:
         self.path = Path(args.out) / (f"checkpoint-{RANK}.pt" if PROCESSES > 1 else "checkpoint.pt")
         say(f"{len(runs)} runs x {args.steps:,} steps; reference levels and first probing ...")
         keys, self.device = [(run["seed"], run["difficulty"]) for run in runs], next(model.parameters()).device
-        level = {key: world.references(*key, args.pairs) for key in set(keys)}
-        self.levels = [level[key] for key in keys]
+        level_of = {key: world.references(*key, args.pairs) for key in set(keys)}
+        self.levels = [level_of[key] for key in keys]
         self.no_context = [level["no_context_loss"] for level in self.levels]  # (r,)
-        if min(self.no_context) < 1e-6:
-            raise UsageError("--difficulty 1: one asked factor leaves nothing to the context; ask two or raise it")
+        for (seed, m), level in level_of.items():
+            if level["no_context_loss"] < 1e-6:
+                raise UsageError(f"--difficulty {m:g}: seed {seed} needs no context; ask two factors or raise it")
+            if level["bayes_loss"] > ESCAPE * level["no_context_loss"]:
+                raise UsageError(
+                    f"--pairs {args.pairs}: exact Bayes itself stays on the plateau; give more, or less --noise"
+                )
         open_folder(args)
         seed = torch.tensor([seed for seed, _ in keys], device=self.device)
-        m = mappings([difficulty for _, difficulty in keys], self.device)
+        m = mapping_counts([difficulty for _, difficulty in keys], self.device)
         which = HELD_OUT + torch.arange(64, device=self.device).expand(len(runs), -1)
         self.held_out = world.sample(seed, m, which, args.pairs, held_out=True)
         if not world.n_label:  # predicting zero on the very sequences a run is judged on: w differs between them
@@ -356,7 +348,7 @@ class Record:
                             self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, content)  # fmt: skip
                 write_aside(self.path, content.getvalue())
             if due:
-                left = "medians over seeds"
+                left = "median held-out losses"
                 if mark:
                     pace = (now - mark[1]) / (step - mark[0])
                     left = f"{1000 * pace:.0f} ms/step, {(self.args.steps - step) * pace / 60:.1f} min left"
@@ -371,7 +363,7 @@ class Record:
         """Evaluate all runs on their held-out sequences, and probe them when it is time."""
         logits = self.model(self.held_out.x, self.held_out.y)
         loss = self.world.loss(logits, self.held_out).mean(1)  # (r, n)
-        now = {"loss": loss.mean(1), "accuracy": -loss[:, -1]}  # regression: the squared error at the last position
+        now = {"loss": loss.mean(1), "accuracy": -loss[:, -1]}  # regression: minus the last squared error
         if self.world.n_label:
             now["accuracy"] = (logits.argmax(-1) == self.held_out.label).float().mean((1, 2))
         broken = ~now["loss"].isfinite()  # a run that blew up has no accuracy and no score
@@ -385,52 +377,45 @@ class Record:
                 curve.setdefault(key, []).append(value)
 
     def medians(self) -> str:
-        """Newest loss and weights score per arm and difficulty: medians of the seeds that have not diverged."""
+        """Newest loss per arm and difficulty, over the seeds that have not diverged."""
         groups = {}
         for run, curve in zip(self.runs, self.kept["curves"]):
-            pair = curve["loss"][-1], curve["weights_score"][-1][self.block]
-            groups.setdefault(f"{run['arm']} {run['difficulty']:g}", []).append(pair)
-        medians = {name: torch.tensor(pairs).nanquantile(0.5, 0).tolist() for name, pairs in groups.items()}
-        return " | ".join(f"{name}: loss {loss:.2f} score {score:.2f}" for name, (loss, score) in medians.items())
+            groups.setdefault(f"{run['arm']} {run['difficulty']:g}", []).append(curve["loss"][-1])
+        return " | ".join(f"{name} {torch.tensor(loss).nanmedian():.2f}" for name, loss in groups.items())
 
     def load(self) -> int:
         """Restore everything; returns the step to go on from. UsageError where that cannot be."""
-        if not self.path.exists() and list(self.path.parent.glob("checkpoint-*.pt")):
-            return 0  # this process of several was stopped before its first save
+        if not self.path.exists():
+            if list(self.path.parent.glob("checkpoint-*.pt")):
+                return 0  # this process of several was stopped before its first save
+            raise UsageError(f"--resume: no checkpoint in {self.path.parent}; start without --resume")
         try:
-            with zipfile.ZipFile(self.path) as archive:
-                if archive.testzip():  # the archive's own checksums
-                    raise ValueError
+            if zipfile.ZipFile(self.path).testzip():  # the archive's own checksums
+                raise ValueError
             state = torch.load(self.path, map_location=self.device, weights_only=True)
-            then = state["settings"]
-            other = [f"{key} (then {then.get(key)}, now {v})" for key, v in self.settings.items() if then.get(key) != v]
-            if other or state["runs"] != self.runs:
-                what = ", ".join(other) or "its runs are others"
-                raise UsageError(
-                    f"--resume: the checkpoint is of another command: {what}; use its flags, or --overwrite"
-                )
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.kept = state["kept"]
-            return int(state["step"])
-        except FileNotFoundError:
-            raise UsageError(f"--resume: no checkpoint in {self.path.parent}; start without --resume") from None
-        except (UsageError, MemoryError):
-            raise
-        except Exception:  # of a damaged file torch raises nearly anything
-            raise UsageError(f"--resume: {self.path} is damaged or not of this script; use --overwrite") from None
+            then = state["settings"] | {"runs": state["runs"]}
+            other = [key for key, now in (self.settings | {"runs": self.runs}).items() if then.get(key) != now]
+            if not other:
+                self.model.load_state_dict(state["model"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.kept = state["kept"]
+                return int(state["step"])
+        except Exception as error:  # of a damaged file torch raises nearly anything
+            raise UsageError(f"--resume: {self.path} is damaged or of another script ({error!r})") from None
+        was = ", ".join(f"{key} (then {then.get(key)}, now {self.settings.get(key)})" for key in other if key != "runs")
+        raise UsageError(f"--resume: the checkpoint is of another command: {was or 'other runs'}; or --overwrite")
 
     def finish(self, **more) -> dict:
         """Write metrics.json, print table and verdict, return the metrics; all processes but the first end here."""
         steps, mine = self.kept["steps"], []
-        for run, level, free, curve in zip(self.runs, self.levels, self.no_context, self.kept["curves"]):
+        for run, level, no_context, curve in zip(self.runs, self.levels, self.no_context, self.kept["curves"]):
             enough = COMPLETE * level["bayes_accuracy"] if self.world.n_label else -0.1 - level["bayes_last_loss"]
             row = run | {"difficulty": int(run["difficulty"]) if math.isfinite(run["difficulty"]) else "inf"}
-            row["plateau_length"] = plateau_length(steps, curve["loss"], ESCAPE * free)
-            row["no_context_loss"] = number(free)
+            row["plateau_length"] = plateau_length(steps, curve["loss"], ESCAPE * no_context)
+            row["no_context_loss"] = for_json(no_context)
             row["completion_step"] = next((s for s, a in zip(steps, curve["accuracy"]) if a >= enough), None)
             first_last = {key: [curve[key][0], curve[key][-1]] for key in curve if "by_factor" in key}
-            mine.append((row | {key: number(values) for key, values in (curve | first_last).items()}, level))
+            mine.append((row | {key: for_json(values) for key, values in (curve | first_last).items()}, level))
         parts = [mine] * PROCESSES
         if PROCESSES > 1:
             dist.all_gather_object(parts, mine)
@@ -438,7 +423,7 @@ class Record:
         if RANK:
             sys.exit()
         done = [parts[i % PROCESSES][i // PROCESSES] for i in range(sum(map(len, parts)))]  # undoes `share`
-        git = "git describe --always --dirty --exclude=*"
+        git = "git describe --always --dirty --exclude=*"  # by a shell: a machine without git is no error
         commit = subprocess.run(git, shell=True, capture_output=True, cwd=Path(__file__).parent).stdout
         gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
         metrics = {
@@ -448,9 +433,8 @@ class Record:
                             "device": gpu or f"CPU, {torch.get_num_threads()} threads",
                             "minutes": round(self.kept["seconds"] / 60, 1), "date": time.strftime("%Y-%m-%d")},
             "lr": self.args.lr, "block": self.block, "error": not self.world.n_label,
-            "symbol": "m" if self.world.n_label else "d", "chance": number(self.prober.chance),
-            "chance_context": number(self.prober.chance_context),
-            "reference": {str(run["difficulty"]): level for run, level in reversed(done)},  # of the first seed
+            "symbol": "m" if self.world.n_label else "d", "chance_context": for_json(1 / self.world.n_asked),
+            "reference": {str(run["difficulty"]): level for run, level in reversed(done)},  # the first seed's stays
             "steps": steps, "probe_steps": self.kept["probe_steps"], **more, "runs": [run for run, _ in done],
         }  # fmt: skip
         write_aside(Path(self.args.out) / "metrics.json", (json.dumps(metrics, allow_nan=False) + "\n").encode())
@@ -462,7 +446,7 @@ def open_folder(args) -> None:
     """Make --out, lock it while this process lives, see that nothing in it would be lost, else UsageError. Processes of
     torchrun meet here, before anything is trained, so that a group that cannot be formed costs no training."""
     if PROCESSES > 1:
-        dist.init_process_group("gloo", timeout=timedelta(hours=1))
+        dist.init_process_group("gloo")
     if RANK == 0:
         out = Path(args.out)
         try:
@@ -473,10 +457,10 @@ def open_folder(args) -> None:
             raise UsageError(f"--out {out}: another training is running there; choose another folder") from None
         except OSError as error:
             raise UsageError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
-        there = [path for name in ("metrics.json", "figure.png", "checkpoint*.pt*") for path in sorted(out.glob(name))]
+        there = [path for name in ("metrics.json", "figure.png", "checkpoint*.pt*") for path in out.glob(name)]
         if there and not (args.resume or args.overwrite):
-            raise UsageError(f"--out {out}: holds {there[0].name} of an earlier training; choose another folder, go on "
-                             "with it (--resume) or replace it (--overwrite)")  # fmt: skip
+            cure = "choose another folder, go on with it (--resume) or replace it (--overwrite)"
+            raise UsageError(f"--out {out}: holds {there[0].name} of an earlier training; {cure}")
         for path in there if args.overwrite else []:
             path.unlink()
     if PROCESSES > 1:
@@ -576,14 +560,19 @@ def run(main) -> None:
     try:
         return main()
     except KeyboardInterrupt:
-        code, message = 130, "interrupted; the same command with --resume goes on from the last checkpoint"
-    except (UsageError, OSError) as error:
+        code, message = (
+            130,
+            "interrupted; the same command with --resume (in place of --overwrite) goes on from the last checkpoint",
+        )
+    except UsageError as error:
         message = f"error: {error}"
+    except OSError as error:  # a full disk, a folder that is gone
+        message = f"error: {error}; the last checkpoint is whole: mend it, or choose another --out, and --resume"
     except (RuntimeError, MemoryError) as error:
-        words = ("MemoryError", "allocate memory", "out of memory", "ALLOC_FAILED")  # of CPU, CUDA, its libraries
-        if any(word in repr(error) for word in words):
+        memory = ("MemoryError", "allocate memory", "out of memory", "ALLOC_FAILED")  # of CPU, CUDA, its libraries
+        if any(word in repr(error) for word in memory):
             message = "error: out of memory; give a smaller --batch or --d-model or fewer --seeds, and --overwrite"
-        elif type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        elif "torch._inductor" in repr(type(error)) or "torch._dynamo" in repr(type(error)):
             message = f"error: torch.compile failed ({str(error).splitlines()[0]}); add --no-compile and --overwrite"
         else:
             raise
@@ -624,13 +613,11 @@ def draw(metrics: dict, by: str = "arm"):
         a.text(0.01 * steps[-1], value, text, va="bottom", fontsize=8)
     start = [run["weights_score"][0][block] for runs in groups.values() for run in runs if run["arm"] != "oracle"]
     b.axhline(statistics.median(start), color="grey", ls="--", lw=1)
-    what, scale = (" (error)", "log") if metrics["error"] else ("", "linear")
+    what = " (error)" if metrics["error"] else ""
     a.set(title="(a) Training stalls, then jumps", ylabel="held-out loss", ylim=(0, 1.2 * level["no_context_loss"]))
     a.legend(fontsize=8, loc="lower left")
-    b.set(title=f"(b) Weights component, block {block + 1} (grey: at the start)", yscale=scale)
+    b.set_title(f"(b) Weights component, block {block + 1} (grey: at the start)")
     b.set_ylabel(f"weights score{what}, dotted: identity")
-    if metrics["error"]:  # without formulas
-        b.yaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
     c.set(title=f"(c) Plateau length of every run, rate {rate(lr)}", ylim=(len(groups) - 0.5, -0.5))
     c.set_yticks(range(len(groups)), list(groups))
     for ax, label in ((a, "step"), (b, "step"), (c, "steps (open: still on it at the end)")):

@@ -32,7 +32,7 @@ N_IMAGES = math.prod(SIZES)  # 480,000
 HUES = np.clip(np.abs((np.arange(10)[:, None] / 10 * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1).astype(np.float32)
 INFINITE = 2**53  # as many mappings as a double can count: as good as a fresh one for every sequence
 MOST = 20_000  # finite mappings, as in the paper: the Bayes level goes through all of them
-HELD_OUT = 2**50  # held-out sequences are numbered from here on, training sequences from 0
+HELD_OUT = 2**50  # held-out sequences are numbered from here on, training ones from 0; `held_out=` chooses the images
 ASKED, MAPPING, PERMUTATION, ITEMS, SHUFFLE, WEIGHTS, INPUTS, NOISE = range(8)  # streams: what a hash is for
 
 
@@ -43,7 +43,7 @@ class UsageError(ValueError):
 def random_bits(*key) -> torch.Tensor:
     """63-bit hash of integers and integer tensors that broadcast (SplitMix64 finaliser, folded over the key)."""
     h = torch.zeros((), dtype=torch.int64)
-    for part in key:  # integers stay on the host: nothing is copied to a GPU
+    for part in key:  # integers stay on the host; the masks make a shift of int64 a logical one
         h = (h ^ part) + -7046029254386353131  # the golden-ratio increment; int64 wraps
         h = (h ^ (h >> 30 & (1 << 34) - 1)) * -4658895280553007687
         h = (h ^ (h >> 27 & (1 << 37) - 1)) * -7723592293110705685
@@ -80,7 +80,8 @@ def distinct(pool: int, n: int, *key) -> torch.Tensor:
     value, order = draw.sort(dim=-1, stable=True)
     repeated = F.pad(value[..., 1:] == value[..., :-1], (1, 0))
     late = torch.zeros_like(repeated).scatter(-1, order, repeated)
-    return draw.gather(-1, late.long().argsort(dim=-1, stable=True)[..., :n])
+    first = late.long().argsort(dim=-1, stable=True)  # first occurrences first, in drawing order
+    return draw.gather(-1, first[..., :n])
 
 
 def sequence_numbers(seed: torch.Tensor, step: int, batch: int, finite: int = 0) -> torch.Tensor:
@@ -132,6 +133,7 @@ class Items:
         self.asked_sizes = torch.tensor([self.sizes[f] for f in self.asked], device=device)
         self.varying = [f for f, size in enumerate(self.sizes) if size > 1]
         self.value_sizes = [self.sizes[f] for f in self.varying]
+        self.asked_varying = [self.varying.index(f) for f in self.asked]  # the asked ones among them
         self.n_value, self.n_asked = sum(self.value_sizes), len(self.asked)  # outputs of the extra losses' read-outs
         self.asked_columns = torch.tensor(self.asked, device=device)
         self.other = torch.randperm(len(self.values), generator=torch.Generator().manual_seed(0)).to(device)
@@ -179,6 +181,16 @@ class Items:
         label = self.permutation(seed, mapping, asked).gather(-1, value)
         return Sequences(self.look(item), F.one_hot(label, self.n_label).float(), values, asked, item, label)
 
+    def to_probe(self, seed, m, n: int, count: int) -> list[tuple]:
+        """What a probe learns from and is tested on, each x (r, i, ...) and varying values (1, 1, i, f): up to count
+        items and a quarter, whole sequences of n, since the identity probe may not meet positions never trained."""
+        generator, parts = torch.Generator().manual_seed(0), []
+        for many, held_out in ((count, False), (count // 4, True)):
+            item = self.draw(many, held_out, generator)
+            item = item[: max(1, len(item) // n) * n]
+            parts.append((self.look(item.expand(len(seed), -1)), self.values[item][None, None, :, self.varying]))
+        return parts
+
     def draw(self, count: int, held_out: bool, generator) -> torch.Tensor:
         """Numbers of up to `count` items for a probe: all different, or by weight."""
         pool = self.test if held_out else self.train
@@ -208,8 +220,8 @@ class Items:
     def references(self, seed: int, difficulty: float, n: int, sequences: int = 1024) -> dict:
         """Levels for one run: losses in nats, accuracies as fractions; computed from the world and the run's mappings.
 
-        chance, no_context_loss: the best prediction from x alone, over all items. label_set_loss: from knowing the
-        asked factor, but no mapping. bayes_*: the best from x and the pairs before it, on held-out sequences.
+        chance, no_context_loss: the best prediction from x alone, over the items (of very many: 20,000). bayes_*: the
+        best from x and the pairs before it, on held-out sequences.
         For a learner that sees the factors of x: where x does not show them fully (texts that are cut), bounds.
         """
         device, sizes = self.values.device, [self.sizes[f] for f in self.asked]
@@ -227,13 +239,12 @@ class Items:
             values = values[self.draw(20_000, True, torch.Generator().manual_seed(0))]
         prior = torch.stack([per_value[i][values[:, i]] for i in range(len(sizes))]).mean(0)
         number = HELD_OUT + torch.arange(sequences, device=device)[None]
-        batch = self.sample(seeds, mappings([difficulty], device), number, n, held_out=True)
+        batch = self.sample(seeds, mapping_counts([difficulty], device), number, n, held_out=True)
         seen, label = batch.values[0][..., self.asked], batch.label[0]
         p = torch.cat([bayes(v, y, sizes, tables) for v, y in zip(seen.split(chunk), label.split(chunk))])
         return {
             "chance": prior.max(-1).values.mean().item(),
             "no_context_loss": torch.special.entr(prior).sum(-1).mean().item(),
-            "label_set_loss": float(np.log(sizes).mean()),
             "bayes_loss": -p.gather(-1, label[..., None]).log().mean().item(),
             "bayes_accuracy": p.max(-1).values.mean().item(),
         }
@@ -255,6 +266,7 @@ class Regression:
 
     def __post_init__(self):
         self.n_value = self.n_asked = self.width
+        self.value_sizes, self.asked_varying = None, [0]  # numbers, probed as one
         self.inputs = dict(d_x=self.width, d_y=1)
 
     def sample(self, seed, m, number, n: int, held_out: bool = False) -> Sequences:
@@ -268,6 +280,14 @@ class Regression:
         if self.noise:
             y = y + self.noise * random_normal(seed, NOISE, number, pair)
         return Sequences(x, y[..., None], x, w, dimension=m)
+
+    def to_probe(self, seed, m, n: int, count: int) -> list[tuple]:
+        """As of Items: what is read is x itself."""
+        number = 3 * HELD_OUT + torch.arange(max(5, 5 * count // (4 * n)), device=seed.device).expand(len(seed), -1)
+        x = [
+            self.sample(seed, m, part, n).x.flatten(1, 2) for part in number.tensor_split([-(number.shape[1] // 5)], 1)
+        ]
+        return [(part, part[:, None]) for part in x]
 
     def loss(self, guess, batch: Sequences) -> torch.Tensor:
         """Squared error / d: guess (r, b, n, 1) -> (r, b, n)."""
@@ -287,28 +307,19 @@ class Regression:
         return batch.values.roll(1, 1)
 
     def references(self, seed: int, difficulty: float, n: int, sequences: int = 512) -> dict:
-        """Mean squared error / d over the sequence of learners that are told the task family, as in Garg et al.
-
-        no_context_loss: predicting zero, the best from x alone (exact). bayes: the posterior mean of w, which is ridge
-        with the noise variance, and least squares (of least norm) without noise.
-        """
+        """Mean squared error / d over the sequence, as in Garg et al. no_context_loss: predicting zero, the best from x
+        alone (exact). bayes: the posterior mean of w, which is ridge with the noise variance; without noise least
+        squares of least norm."""
         d, seeds = int(difficulty), torch.tensor([seed], device=self.device)
         number = HELD_OUT + torch.arange(sequences, device=self.device)[None]
         batch = self.sample(seeds, torch.tensor([d], device=self.device), number, n)
         x, y = batch.x[0, :, :, :d].double(), batch.y[0].double()
-        errors = {name: [] for name in ("bayes", "nearest", "averaging")}
+        errors = []
         for k in range(n):
-            past, value, now = x[:, :k], y[:, :k], x[:, k : k + 1]
-            near = (past - now).square().sum(-1).topk(min(3, k), largest=False).indices
-            guess = {
-                "bayes": now @ ridge(past, value, self.noise**2),
-                "nearest": value.gather(1, near[..., None]).sum(1, keepdim=True) / max(1, min(3, k)),
-                "averaging": now @ (past.mT @ value) / max(1, k),
-            }
-            for name, value in guess.items():
-                errors[name].append((value[:, 0, 0] - y[:, k, 0]).square().mean().item() / d)
-        losses = {f"{name}_loss": float(np.mean(by_position)) for name, by_position in errors.items()}
-        return {"no_context_loss": 1 + self.noise**2 / d, **losses, "bayes_last_loss": errors["bayes"][-1]}
+            guess = x[:, k : k + 1] @ ridge(x[:, :k], y[:, :k], self.noise**2)
+            errors.append((guess[:, 0, 0] - y[:, k, 0]).square().mean().item() / d)
+        losses = {"bayes_loss": float(np.mean(errors)), "bayes_last_loss": errors[-1]}
+        return {"no_context_loss": 1 + self.noise**2 / d, **losses}
 
 
 def ridge(x: torch.Tensor, y: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -330,7 +341,7 @@ def parse_difficulty(text: str) -> float:
     return m
 
 
-def mappings(difficulty: list[float], device) -> torch.Tensor:
+def mapping_counts(difficulty: list[float], device) -> torch.Tensor:
     """Difficulties as a tensor of numbers of mappings (r,)."""
     return torch.tensor([INFINITE if m == math.inf else int(m) for m in difficulty], device=device)
 
@@ -360,9 +371,9 @@ def render() -> np.ndarray:
         for scale in np.linspace(0.55, 1.25, SIZES[3]):
             for shape in ("cube", "cylinder", "sphere", "capsule"):
                 closest, normal = np.inf, -np.sign(d) * first
-                for t, across, there in surfaces(shape, o - [0, 0, scale], d, scale):  # it stands on the floor
-                    nearer = there & (t < closest)
-                    closest = np.where(nearer, t, closest)
+                for body in bodies(shape, scale):
+                    t, across = enter(o - [0, 0, scale], d, *body)  # it stands on the floor
+                    closest, nearer = np.minimum(t, closest), t < closest
                     normal = np.where(nearer[..., None], across, normal)
                 normal = normal / np.linalg.norm(normal, axis=-1, keepdims=True)
                 shade = 0.35 + 0.65 * np.clip((normal * light).sum(-1), 0, None)
@@ -371,32 +382,27 @@ def render() -> np.ndarray:
     return rearrange(masks, "g o (y s) (x t) c -> (g o) c y x (s t)", s=4, t=4).mean(-1).astype(np.float32)
 
 
-def surfaces(shape: str, o: np.ndarray, d: np.ndarray, s: float) -> list[tuple]:
-    """Where rays o + t d meet the surfaces of an object of half height s: t, normal, and whether they truly meet."""
-    if shape == "cube":
-        s = 0.85 * s  # about the cylinder's volume
-        o = o + [0, 0, 0.15 / 0.85 * s]  # it still stands on the floor
-        t_1, t_2 = (-s - o) / d, (s - o) / d
-        t_in, t_out = np.minimum(t_1, t_2), np.maximum(t_1, t_2).min(-1)
-        t = t_in.max(-1)
-        return [(t, -np.sign(d) * (t_in == t[..., None]), t < t_out)]
-    if shape == "cylinder":
-        radius, top = 0.8 * s, (s - o[..., 2]) / d[..., 2]
-        on_top = ((o + top[..., None] * d)[..., :2] ** 2).sum(-1) < radius**2
-        return [round_surface(o, d, radius, s), (top, np.array([0.0, 0, 1]), on_top)]
-    radius = s if shape == "sphere" else 0.55 * s  # a sphere is a capsule without a pipe
-    half = s - radius
-    return [round_surface(o, d, radius, half), *(round_surface(o, d, radius, height=z) for z in (-half, half))]
+def bodies(shape: str, s: float) -> list[tuple]:
+    """The parts of an object of half height s: its centre's height, and the (axes, distance from it) that bound it."""
+    x, y, z, level, every = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 1, 1]])
+    return {
+        "cube": [(-0.15 * s, [(axis, 0.85 * s) for axis in (x, y, z)])],  # about the cylinder's volume
+        "cylinder": [(0, [(level, 0.8 * s), (z, s)])],
+        "sphere": [(0, [(every, s)])],
+        "capsule": [(0, [(level, 0.55 * s), (z, 0.45 * s)]), *((h * s, [(every, 0.55 * s)]) for h in (-0.45, 0.45))],
+    }[shape]
 
 
-def round_surface(o, d, radius: float, half: float = math.inf, height: float = 0.0) -> tuple:
-    """A sphere with its centre at this height, or an upright pipe of half this length, as in `surfaces`."""
-    axes, centre = np.array([1, 1, half == math.inf]), np.array([0, 0, height])
-    p, q = (o - centre) * axes, d * axes
-    a, b, c = (q * q).sum(-1), (p * q).sum(-1), (p * p).sum(-1) - radius**2
-    t = (-b - np.sqrt(b * b - a * c)) / a  # not a number where the ray misses
-    point = o + t[..., None] * d
-    return t, (point - centre) * axes, np.abs(point[..., 2]) < half
+def enter(o: np.ndarray, d: np.ndarray, height: float, bounds: list[tuple]) -> tuple[np.ndarray, np.ndarray]:
+    """Where rays o + t d enter a part: t, infinite where they miss it, and the normal."""
+    enters, leaves, normal = -math.inf, math.inf, 0 * d
+    for axes, radius in bounds:
+        p, q = (o - [0, 0, height]) * axes, d * axes
+        a, b, c = (q * q).sum(-1), (p * q).sum(-1), (p * p).sum(-1) - radius**2
+        root = np.sqrt(b * b - a * c)  # not a number where the ray misses
+        normal = np.where(((-b - root) / a > enters)[..., None], p - ((b + root) / a)[..., None] * q, normal)
+        enters, leaves = np.maximum(enters, (-b - root) / a), np.minimum(leaves, (root - b) / a)
+    return np.where(enters < leaves, enters, math.inf), normal
 
 
 def image(values: np.ndarray) -> np.ndarray:
@@ -453,20 +459,15 @@ def cached_vae(values: np.ndarray, cache: str) -> np.ndarray:
     """The latents of `vae`, kept in a folder for the next time. Raises UsageError for a damaged file."""
     name = hashlib.sha256(values.tobytes() + repr((vae.__defaults__, torch.__version__)).encode()).hexdigest()[:16]
     file = Path(cache) / f"vae-{name}.npy"
-    try:
-        if file.exists():
-            return np.load(file)
-    except (ValueError, EOFError, OSError):
-        raise UsageError(f"--embedding vae: {file} is damaged; remove it") from None
-    table = vae(values)
-    try:
+    if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_suffix(f".{os.getpid()}.npy")
-        np.save(aside, table)
+        np.save(aside, vae(values))
         os.replace(aside, file)
-    except OSError as error:
-        print(f"{file} cannot be written ({error.strerror}): made again the next time")
-    return table
+    try:
+        return np.load(file)
+    except (ValueError, EOFError):
+        raise UsageError(f"--embedding vae: {file} is damaged; remove it") from None
 
 
 def load_embedding(path: str) -> np.ndarray:
@@ -474,15 +475,14 @@ def load_embedding(path: str) -> np.ndarray:
     try:
         with np.load(path) as file:
             table = file["repre"]
-        good = table.ndim == 2 and len(table) == N_IMAGES and table.dtype.kind == "f" and np.abs(table).max() <= 1e6
+        if not (table.ndim == 2 and len(table) == N_IMAGES and table.dtype.kind == "f" and np.abs(table).max() <= 1e6):
+            raise ValueError
+        return table.astype(np.float32, copy=False)
     except MemoryError:
         raise
     except Exception:  # of a file that is no archive numpy raises nearly anything
-        good = False
-    if not good:
         need = f"a readable .npz whose array 'repre' is ({N_IMAGES}, any) finite floating-point numbers up to a million"
-        raise UsageError(f"--embedding {path}: must be code, pixels, vae, onehot or {need}")
-    return table.astype(np.float32, copy=False)
+        raise UsageError(f"--embedding {path}: must be code, pixels, vae, onehot or {need}") from None
 
 
 def shapes(
