@@ -7,15 +7,14 @@
 
 A sequence text_1 label_1 ... text_n label_n asks for one attribute of the texts (tense, kind of the subject ...), whose
 values it permutes to labels by one of m mappings. Arms: baseline; warmup: --switch steps on one fixed mapping; mixture:
---fraction of every batch on it; extra losses weights: all attributes of the text just read, context: which attribute is
-asked, norm: mean square of the residual stream after each block.
+--fraction of every batch on it; weights, context, norm: the extra losses of exp_aux_loss.py.
 """
 
 import math
 import os
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, namedtuple
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait sleep
@@ -38,6 +37,20 @@ SCALES = {
 }  # fmt: skip
 SELECT = {"laptop": dict(SCALES["laptop"], arm=FOUR, difficulty=[1], d_model=32, evaluations=100, probes=5, fraction=0),
           "paper": dict(SCALES["paper"], arm=FOUR, difficulty=[1], fraction=0)}  # fmt: skip
+KINDS = dict(person="doctor farmer teacher sailor painter baker singer driver lawyer soldier neighbour student".split(),
+             animal="dog horse cow goat lion tiger rabbit eagle snake duck camel monkey".split(),
+             vehicle="truck car train boat ship plane bike tractor wagon van tram sledge".split(),
+             plant="tree shrub flower rose oak vine weed fern tulip palm willow cactus".split())  # fmt: skip
+VERBS = "follow cover block surround pull touch reach pass approach move miss chase save shove push turn".split()
+ADJECTIVES = dict(good="lovely wonderful fine beautiful splendid charming pleasant excellent".split(),
+                  bad="ugly awful nasty terrible horrid dreadful shabby wretched".split(),
+                  plain="big small old tall grey green northern heavy".split())  # fmt: skip
+ATTRIBUTES = dict(subject=KINDS, object=KINDS, tense=["past", "present", "future", "perfect"], number=["one", "many"],
+                  negation=["no", "yes"], question=["no", "yes"], sentiment=ADJECTIVES)  # fmt: skip
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3021-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+MARK = "".join(c for c in map(chr, range(0x300, 0x1F000)) if unicodedata.category(c)[0] == "M") + "\u200c\u200d"
+WORD = rf"[^\W_{UNSPACED}](?:[^\W_{UNSPACED}]|[{MARK}])*|[^\s\0-\x1f\x7f-\x9f\u200b-\u200f\ufeff][{MARK}]*"
+Word = namedtuple("Word", "id form lemma upos xpos feats head deprel deps misc")  # the columns of CoNLL-U
 
 
 def parse_args():
@@ -121,45 +134,30 @@ def main():
     plot(record.finish(title=title, attributes=dict(zip(world.names, world.sizes)), bag_of_words=bag), args.out)
 
 
-KINDS = dict(person="doctor farmer teacher sailor painter baker singer driver lawyer soldier neighbour student".split(),
-             animal="dog horse cow goat lion tiger rabbit eagle snake duck camel monkey".split(),
-             vehicle="truck car train boat ship plane bike tractor wagon van tram sledge".split(),
-             plant="tree shrub flower rose oak vine weed fern tulip palm willow cactus".split())  # fmt: skip
-VERBS = "follow cover block surround pull touch reach pass approach move miss chase save shove push turn".split()
-ADJECTIVES = dict(good="lovely wonderful fine beautiful splendid charming pleasant excellent".split(),
-                  bad="ugly awful nasty terrible horrid dreadful shabby wretched".split(),
-                  plain="big small old tall grey green northern heavy".split())  # fmt: skip
-TENSES, YES = ["past", "present", "future", "perfect"], ["no", "yes"]
-ATTRIBUTES = dict(subject=[*KINDS], object=[*KINDS], tense=TENSES, number=["one", "many"], negation=YES, question=YES,
-                  sentiment=[*ADJECTIVES])  # fmt: skip
-
-
-def grammar(args) -> tuple[list, dict, list]:
-    """Different sentences with independent, uniform attributes -> texts, {attribute: values}, document of each text."""
+def grammar(args) -> tuple[list, dict, list]:  # different sentences; their attributes are independent and uniform
     rng, out = np.random.default_rng(0), {}
-    pick = lambda options: options[rng.integers(len(options))]
+    pick = lambda options: list(options)[rng.integers(len(options))]
     add_s = lambda word: re.sub("(s|ch|sh)$", r"\1e", word) + "s"
     while len(out) < args.texts:
         values = {name: pick(options) for name, options in ATTRIBUTES.items()}
-        many, question = values["number"] == "many", values["question"] == "yes"
+        many, question, tense = values["number"] == "many", values["question"] == "yes", values["tense"]
         described, adjective, phrases = pick(["subject", "object"]), pick(ADJECTIVES[values["sentiment"]]), []
         for role in ("subject", "object"):
             several = many if role == "subject" else pick([False, True])
             noun, article = pick(KINDS[values[role]]), pick(["the", "our", "my", "your"])
-            phrases.append([article, *([adjective] if role == described else []), add_s(noun) if several else noun])
+            phrases.append(f"{article} {adjective if role == described else ''} {add_s(noun) if several else noun}")
         verb, (subject, object_) = pick(VERBS), phrases
         adverb = pick(["not", "never"] if values["negation"] == "yes" else ["always", "often", "surely", "just"])
-        past = verb + ("d" if verb.endswith("e") else "ed")  # and the participle
-        auxiliary, main, inflected = dict(
-            past=("did", verb, past), present=("do" if many else "does", verb, verb if many else add_s(verb)),
-            future=("will", verb, None), perfect=("have" if many else "has", past, None))[values["tense"]]  # fmt: skip
-        middle = [auxiliary, *subject, adverb, main] if question else [*subject, auxiliary, adverb, main]
-        if inflected and not question and adverb in ("never", "always", "often"):  # "did surely touch" is said as well
-            middle = [*subject, adverb, inflected]
-        front, place = pick([(True, False), (True, False), (False, True), (False, False)])
-        fronts = pick(["today", "of course", "this time", "once again", "as usual", "in winter"]) if front else ""
-        places = pick(["near the river", "behind the barn", "beside the road", "outside the village"]) if place else ""
-        out[(*fronts.split(), *middle, *object_, *places.split())] = values
+        past, present = verb + ("d" if verb.endswith("e") else "ed"), verb if many else add_s(verb)
+        auxiliary = dict(past="did", present="do" if many else "does", future="will", perfect="have" if many else "has")
+        first, main = auxiliary[tense], past if tense == "perfect" else verb  # the participle is as the past
+        clause = f"{first} {subject} {adverb} {main}" if question else f"{subject} {first} {adverb} {main}"
+        if tense in ("past", "present") and not question and adverb in ("never", "always", "often"):
+            clause = f"{subject} {adverb} {past if tense == 'past' else present}"  # "did surely touch" is said as well
+        front, end = pick([(True, False), (True, False), (False, True), (False, False)])
+        time = pick(["today", "of course", "this time", "once again", "as usual", "in winter"]) if front else ""
+        place = pick(["near the river", "behind the barn", "beside the road", "outside the village"]) if end else ""
+        out[tuple(f"{time} {clause} {object_} {place}".split())] = values
     return list(out), {name: [values[name] for values in out.values()] for name in ATTRIBUTES}, list(range(len(out)))
 
 
@@ -174,8 +172,7 @@ class WordSelect(Items):  # the label of a text is its word of the asked categor
 
 def wordselect(args, device, categories=("animal", "plant", "colour", "verb", "country"), size: int = 12) -> Items:
     rng, k = np.random.default_rng(0), len(categories)
-    values = np.unique(rng.integers(size, size=(args.texts, k)), axis=0)
-    rng.shuffle(values)
+    values = rng.permutation(np.unique(rng.integers(size, size=(args.texts, k)), axis=0))
     words = rng.permuted(values + FIRST + size * np.arange(k), axis=1)  # a number is all that is seen of a word
     parts = np.split(np.arange(len(values)), [round(0.8 * len(values))])
     probes.say(f"{len(values)} texts of a word for each of {', '.join(categories)}, {len(parts[1])} of them held out")
@@ -185,137 +182,113 @@ def wordselect(args, device, categories=("animal", "plant", "colour", "verb", "c
     return world
 
 
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3021-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
-MARK = "".join(c for c in map(chr, range(0x300, 0x1F000)) if unicodedata.category(c)[0] == "M") + "\u200c\u200d"
-WORD = rf"[^\W_{UNSPACED}](?:[^\W_{UNSPACED}]|[{MARK}])*|[^\s\0-\x1f\x7f-\x9f\u200b-\u200f\ufeff][{MARK}]*"
-
-
-def read_lines(path: str) -> list[str]:
-    lines = Path(path).read_bytes().decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n").split("\n")
-    for at, line in enumerate(lines, 1):
+def read_lines(path: str) -> list[str]:  # but for empty ones at the end
+    text = Path(path).read_bytes().decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n").rstrip("\n")
+    for at, line in enumerate(text.split("\n"), 1):
         if re.search("[\r\udc80-\udcff]", line):
             raise UsageError(f"{path}: line {at} holds a stray carriage return or what is not UTF-8; convert the file")
-    return [unicodedata.normalize("NFC", line) for line in lines]
+    return unicodedata.normalize("NFC", text).split("\n")
 
 
 def conllu(args) -> tuple[list, dict, list]:  # the format: universaldependencies.org/format.html
-    sentences = []
+    sentences, document = [], 0
     for path in args.conllu:
-        rows, notes, document, genre = [], {}, 0, ""
+        words, genre, source, document = [], "", "", document + 1
         for at, line in enumerate([*read_lines(path), ""], 1):
-            row, number = line.split("\t"), str(len(rows) + 1)
-            if line.startswith("#") and not rows:
-                key, _, value = line[1:].partition("=")
-                notes[" ".join(key.split())] = value.strip()
-            elif len(row) == 10 and "" not in row and re.fullmatch(rf"{number}|[0-9]+[-.][0-9]+", row[0]):
-                rows += [row] if row[0] == number else []
-            elif line:
-                raise UsageError(f"--conllu {path}: line {at} is not word {number} in 10 full columns, nor empty")
-            elif len(rows) > 1 and all(row[1] == "_" for row in rows):
-                raise UsageError(f"--conllu {path}: line {at} ends a sentence whose text is withheld: every FORM is _")
-            elif rows:
-                said = notes.get("genre") or notes.get("meta::genre") or notes.get("newdoc genre")
-                if any(key.split()[:1] == ["newdoc"] for key in notes):
+            row, number = line.split("\t"), str(len(words) + 1)
+            if line.startswith("#") and not words:
+                if re.match(r"#\s*newdoc\b", line):
                     document, genre = document + 1, ""
-                genre, source = said or genre, re.match("[^-]*(?=-)|", notes.get("sent_id", ""))[0]
-                sentences.append((rows, (path, document), genre, source))
-                rows, notes = [], {}
-    if not sentences:
-        raise UsageError(f"--conllu {' '.join(args.conllu)}: no sentence found")
-    parsed, documents, genres, sources = zip(*sentences)
-    probes.say(f"{len(parsed)} sentences, {sum(map(len, parsed))} words, {len(set(documents))} documents")
-    if not any(genres) and len(set(sources)) > 1 and not {"train", "dev", "test"} & set(map(str.lower, sources)):
-        genres = sources  # many treebanks begin sent_id with it
-    length = np.minimum([len(rows) for rows in parsed], args.words)
-    length = np.digitize(length, np.quantile(length, [1 / 3, 2 / 3]), right=True)
-    facts = [annotation(*fact) for fact in zip(parsed, genres, np.array(["short", "middle", "long"])[length].tolist())]
-    documents = documents if len(set(documents)) >= 20 else [i // 50 for i in range(len(parsed))]
-    words = [[row[1].lower() for row in rows] for rows in parsed]
-    return words, {name: [fact[name] for fact in facts] for name in facts[0]}, documents
+                genre = (re.findall(r"^#\s*(?:newdoc |meta::)?genre\s*=\s*(.*\S)", line) or [genre])[0]
+                source = (re.findall(r"^#\s*sent_id\s*=\s*([^-]*)-", line.lower()) or [source])[0]
+            elif len(row) == 10 and "" not in row and re.fullmatch(rf"{number}|[0-9]+[-.][0-9]+", row[0]):
+                words += [Word(*row)] if row[0] == number else []  # n-m and n.m are passed over
+            elif line or not (words or sentences):
+                raise UsageError(f"{path}: line {at} is not word {number} in 10 full columns, nor a sentence's end")
+            elif len(words) > 1 and all(word.form == "_" for word in words):
+                raise UsageError(f"{path}: line {at} ends a sentence whose text is withheld: every FORM is _")
+            elif words:
+                sentences.append(([word.form.lower() for word in words], annotation(words, genre), document, source))
+                words, source = [], ""
+    texts, facts, documents, sources = zip(*sentences)
+    probes.say(f"{len(texts)} sentences, {sum(map(len, texts))} words, {len({*documents})} documents")
+    attributes = {name: ["" if fact[name] == "_" else fact[name] for fact in facts] for name in facts[0]}
+    lengths = np.minimum(attributes["length"], args.words)
+    third = np.digitize(lengths, np.quantile(lengths, [1 / 3, 2 / 3]), right=True)
+    attributes["length"] = np.array(["short", "middle", "long"])[third].tolist()
+    if not any(attributes["genre"]) and len({*sources}) > 1 and not {"train", "dev", "test"} & {*sources}:
+        attributes["genre"] = list(sources)  # many treebanks begin sent_id with it
+    return list(texts), attributes, documents if len({*documents}) >= 20 else [i // 50 for i in range(len(texts))]
 
 
-def annotation(rows: list[list[str]], genre: str, length: str) -> dict[str, str]:
-    """Finite is VerbForm=Fin, or Mood or Tense without any VerbForm. "" = not annotated."""
-    root = next((row for row in rows if row[6] == "0"), [""] * 10)
-    none, children = root[0] and "none", [row for row in rows if row[6] == root[0]]
-    verbs = [root, *(row for row in children if row[7].split(":")[0] in ("aux", "cop"))]
-    verbs = [dict(re.findall("([^=|]+)=([^|]+)", row[5])) for row in verbs]
-    finite = [f for f in verbs if f.get("VerbForm", "Mood" in f or "Tense" in f) in ("Fin", True)] or [{"Tense": none}]
-    subject = next((row for row in children if row[7].startswith(("nsubj", "csubj"))), ["", "", "", none, "", ""])
-    number = dict(re.findall("([^=|]+)=([^|]+)", subject[5])).get("Number", none)
-    end = rows[-1][1] if rows[-1][3] == "PUNCT" else rows[-1][3].strip("_") and "none"
-    return dict(verb=finite[0].get("Tense", finite[0].get("Mood", "Fin")), subject=subject[3].strip("_"), genre=genre,
-                length=length, end=end, number=number, root=root[3].strip("_"))  # fmt: skip
+def annotation(words: list[Word], genre: str) -> dict:  # "" or _ = not annotated
+    features = lambda word: dict(re.findall("([^=|]+)=([^|]+)", word.feats))
+    root = next((word for word in words if word.head == "0"), Word(*[""] * 10))
+    none, children = root.id and "none", [word for word in words if word.head == root.id]
+    subject = next((w for w in children if w.deprel.startswith(("nsubj", "csubj"))), Word(*[none] * 10))
+    verbs = map(features, [root, *(word for word in children if word.deprel.split(":")[0] in ("aux", "cop"))])
+    finite = (f for f in verbs if f.get("VerbForm", "Fin") == "Fin" and {*f} & {"VerbForm", "Mood", "Tense"})
+    verb = next((f.get("Tense", f.get("Mood", "Fin")) for f in finite), none)
+    end = {"PUNCT": words[-1].form, "_": "_"}.get(words[-1].upos, "none")
+    return dict(verb=verb, subject=subject.upos, genre=genre, length=len(words), end=end,
+                number=features(subject).get("Number", none), root=root.upos)  # fmt: skip
 
 
 def tsv(args) -> tuple[list, dict, list]:  # "" = an empty cell, or nan; each different text is a document of its own
     header, *rows = [[cell.strip() for cell in line.split("\t")] for line in read_lines(args.tsv)]
-    if "text" not in header or "" in header or len(set(header)) < max(2, len(header)):
-        raise UsageError(f"--tsv {args.tsv}: line 1 must name the columns: text, one or more attributes, each once")
     for at, row in enumerate(rows, 2):
-        if row != [""] and len(row) != len(header):
+        if len(row) != len(header):
             raise UsageError(f"--tsv {args.tsv}: line {at} has {len(row)} columns, the header has {len(header)}")
-    rows = [dict(zip(header, row)) for row in rows if row != [""]]
-    full = [row | {"text": found} for row in rows if (found := re.findall(WORD, row["text"].lower()))]
-    if not full:
-        raise UsageError(f"--tsv {args.tsv}: holds no texts")
-    probes.say(f"{len(rows)} rows read, {len(rows) - len(full)} of them without a text")
-    words = [row.pop("text") for row in full]
-    if re.search(f"[{UNSPACED}]", "".join(map("".join, words))):
-        probes.say("  a script without spaces: each of its characters counts as a word")
-    attributes = {name: [re.sub("(?i)^nan$", "", row[name]) for row in full] for name in full[0]}
-    return words, attributes, list(map(tuple, words))
+    rows = [dict(zip(header, row)) for row in rows]
+    full = [row for row in rows if re.search(WORD, row.get("text", ""))]
+    if not full or "" in header or len(set(header)) < max(2, len(header)):
+        raise UsageError(f"--tsv {args.tsv}: line 1 must name the columns, text and attributes, each once; then texts")
+    probes.say(f"{len(rows)} rows read, {len(rows) - len(full)} of them without a text; unspaced scripts by character")
+    texts = [re.findall(WORD, row.pop("text").lower()) for row in full]
+    return texts, {name: [re.sub("(?i)^nan$", "", row[name]) for row in full] for name in full[0]}, [*map(tuple, texts)]
 
 
-def texts(args, device, least: float = 0.04, enough: float = 0.2, pooled=" rarer values together") -> Items:
-    """The world of the texts that the flags name, all values weighted to be equally frequent; says what is lost."""
+def texts(args, device, pooled=" rarer values together") -> Items:  # weighted: all values equally frequent
     read = (args.conllu and conllu) or (args.tsv and tsv) or grammar
-    words, attributes, documents = read(args)
-    cut, names = [text[: args.words] for text in words], list(dict.fromkeys(documents))
-    order = np.random.default_rng(0).permutation(len(names))
-    held_out = {names[i] for i in order[: max(1, round(0.2 * len(names)))]}
-    test = np.array([document in held_out for document in documents])
+    words, attributes, documents = read(args)  # of each text; attributes {name: values}, "" = none
+    place = {document: i for i, document in enumerate(dict.fromkeys(documents))}
+    held_out = np.random.default_rng(0).permutation(len(place))[: round(0.2 * len(place))]
+    test = np.isin([place[document] for document in documents], held_out)
+    cut = [text[: args.words] for text in words]
     common = Counter(word for text, out in zip(cut, test) if not out for word in text).most_common(args.vocabulary)
     index, longest = {word: i for i, (word, _) in enumerate(common, FIRST)}, max(map(len, cut))
     table = np.array([[index.get(w, UNKNOWN) for w in text] + [PAD] * (longest - len(text)) + [STOP] for text in cut])
     seen = {row.tobytes() for row in table[~test]}
     single = good = ~test | np.array([row.tobytes() not in seen for row in table])
     kept, said = {}, [f"{(~single).sum()} of {test.sum()} held-out texts are dropped as twins of training texts"]
-    probes.say(f"  {said[0]}")
-    for name, column in ({name: [""] * len(words) for name in args.ask} | attributes).items():
+    for name, column in (dict.fromkeys(args.ask, [""] * len(words)) | attributes).items():
         count = Counter(filter(None, column))
-        column = [pooled if 0 < count[value] < least * count.total() else value for value in column]
-        share = {value: k / count.total() for value, k in Counter(filter(None, column)).most_common()}
-        usable = [value for value in share if share[value] >= least]  # too few pooled ones: their texts are left out
+        column = [pooled if 0 < 25 * count[value] < count.total() else value for value in column]
+        usable = [value for value, n in Counter(filter(None, column)).most_common() if 25 * n >= count.total()]
         number = np.array([usable.index(value) if value in usable else -1 for value in column])
         fine, but = good & (number >= 0), "".join(f" but {value}" for value in usable if value != pooled)
-        values, side = np.stack([*kept.values(), number], 1)[fine], test[fine]
-        missing = any(set(a[side]) != set(a[~side]) or len(set(a)) <= a.max(initial=0) for a in values.T)
+        missing = any(len({*zip(a[fine], test[fine])}) < 2 * (a.max() + 1) for a in (*kept.values(), number))
+        twin = [k for k, a in kept.items() if len({*zip(a[fine], number[fine])}) <= max(a.max(), number.max()) + 1]
+        values = np.stack([*kept.values(), number], 1)[fine]
         left = 1 / max(1e-9, (balance(values) ** 2).sum() * single.sum())  # effective sample size
-        pairs = [len({*zip(a, values[:, -1])}) for a in values.T[:-1]]
-        twin = [k for k, a, n in zip(kept, values.T, pairs) if n <= 1 + max(a.max(initial=0), number.max())]
-        found = ", ".join(f"{value.strip()} {share[value]:.0%}" for value in usable)
-        reasons = {"no text has it": not count, f"every value{but} is rarer than {least:.0%}": len(usable) < 2,
-                   "a value is missing in the training or the held-out part": missing,
-                   f"balanced with the others only {left:.0%} of the texts would count": left < enough,
-                   f"together with {' '.join(twin)} it says nothing new": twin}  # fmt: skip
-        if any(reasons.values()):
-            found = f"left out, {next(reason for reason, true in reasons.items() if true)}"
-        else:
+        reasons = {"no text has it": not count, f"every value{but} is rarer than 4%": len(usable) < 2,
+                   "a value is missing in a part": missing, f"together with {' '.join(twin)} it says nothing new": twin,
+                   f"balanced with the others only {left:.0%} of the texts would count": left < 0.2}  # fmt: skip
+        why = [reason for reason, true in reasons.items() if true]
+        if not why:
             kept[name], good = number, fine
+        found = f"left out, {why[0]}" if why else ", ".join(map(str.strip, usable))
         said.append(f"{name}: {found}; {(number < 0).sum()} texts have none of these")
-        probes.say(f"  {said[-1]}")
-    if not kept or set(args.ask) - set(kept):
-        raise UsageError(f"--ask: this {read.__name__} cannot be asked. {'. '.join(said)}")
-    asked = args.ask or [name for name in ("tense", "sentiment") if read is grammar and name in kept] or kept
     parts, long = [np.flatnonzero(good & part) for part in (~test, test)], sum(len(text) > args.words for text in words)
     counts = f"of {len(words)} texts {len(parts[0])} are left for training, {len(parts[1])} of {test.sum()} held out"
-    old, new = (f"{(table[part] == UNKNOWN).sum() / (table[part] >= UNKNOWN).sum():.1%}" for part in (~test, test))
-    probes.say(f"{counts}, {(single & ~good).sum()} lack a value; {long} are cut; unknown words: {old}, held out {new}")
+    unknown = (table == UNKNOWN).sum() / sum(map(len, cut))
+    said.insert(0, f"{counts}, {(single & ~good).sum()} lack a value; {long} are cut; unknown words: {unknown:.1%}")
+    if not kept or set(args.ask) - set(kept) or min(map(len, parts)) < 4 * args.pairs:
+        raise UsageError(f"--ask, --pairs: no such attribute, or not {4 * args.pairs} texts a part. {'. '.join(said)}")
+    probes.say("\n  ".join(said))
     if 2 * len(parts[1]) < test.sum():
         probes.say("warning: most held-out texts are dropped; raise --words or --vocabulary, or give more varied text")
-    if min(map(len, parts)) < 4 * args.pairs:
-        raise UsageError(f"--pairs {args.pairs}: {counts}, too few; give more text")
+    asked = args.ask or [name for name in ("tense", "sentiment") if read is grammar and name in kept] or kept
     values, weight = np.stack(list(kept.values()), 1), np.zeros(len(words))
     weight[parts[0]], weight[parts[1]] = (balance(values[part]) for part in parts)
     sizes, asked = tuple((values.max(0) + 1).tolist()), [list(kept).index(name) for name in asked]
@@ -324,10 +297,9 @@ def texts(args, device, least: float = 0.04, enough: float = 0.2, pooled=" rarer
 
 
 def balance(values: np.ndarray) -> np.ndarray:  # weights (text,) that give all values of an attribute equal shares
-    weight = np.full(len(values), 1 / max(1, len(values)))
-    for _ in range(100):
-        for column, size in zip(values.T, values.max(0, initial=0) + 1):
-            weight = weight / (np.bincount(column, weight, size) * size)[column]
+    weight = np.ones(len(values)) / len(values)
+    for column in [*values.T] * 100:
+        weight = weight / (np.bincount(column, weight) * (column.max(initial=0) + 1))[column]
     return weight / weight.sum()
 
 

@@ -627,7 +627,8 @@ def test_killed_interrupted_or_shared_by_two_processes_a_training_gives_the_same
     flags = f"exp_plateau.py {SMALL} --difficulty 2 inf --steps 600 --evaluations 6"
     tiny, path = tmp_path / "tiny.py", dict(PYTHONPATH=str(HERE))
     tiny.write_text("import probes, runpy, sys; probes.PROBE_ITEMS, probes.PROBE_STEPS = 128, 40; "
-                    "probes.SAVE_SECONDS = 0; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")  # fmt: skip
+                    "probes.SAVE_SECONDS, sys.argv = 0, sys.argv[1:]; "
+                    "runpy.run_path(sys.argv[0], run_name='__main__')")  # fmt: skip
     killed = start(f"{tiny} {flags} --out {tmp_path}/killed", **path)
     two = start(f"-m torch.distributed.run --nproc_per_node=2 {tiny} {flags} --out {tmp_path}/two", **path)
     run(f"{flags} --out {tmp_path}/whole")
