@@ -252,20 +252,20 @@ def texts(args, device, pooled=" rarer values together") -> Items:  # weighted: 
     read = (args.conllu and conllu) or (args.tsv and tsv) or grammar
     words, attributes, documents = read(args)  # of each text; attributes {name: values}, "" = none
     place = {document: i for i, document in enumerate(dict.fromkeys(documents))}
-    held_out = np.random.default_rng(0).permutation(len(place))[: round(0.2 * len(place))]
-    test = np.isin([place[document] for document in documents], held_out)
+    held_out = np.random.default_rng(0).permutation(len(place))[: max(1, round(0.2 * len(place)))]
+    test = np.isin([place[document] for document in documents], held_out)  # (text,) a fifth of all documents
     cut = [text[: args.words] for text in words]
     common = Counter(word for text, out in zip(cut, test) if not out for word in text).most_common(args.vocabulary)
     index, longest = {word: i for i, (word, _) in enumerate(common, FIRST)}, max(map(len, cut))
     table = np.array([[index.get(w, UNKNOWN) for w in text] + [PAD] * (longest - len(text)) + [STOP] for text in cut])
-    seen = {row.tobytes() for row in table[~test]}
+    seen = {row.tobytes() for row in table[~test]}  # by the model
     single = good = ~test | np.array([row.tobytes() not in seen for row in table])
     kept, said = {}, [f"{(~single).sum()} of {test.sum()} held-out texts are dropped as twins of training texts"]
     for name, column in (dict.fromkeys(args.ask, [""] * len(words)) | attributes).items():
         count = Counter(filter(None, column))
         column = [pooled if 0 < 25 * count[value] < count.total() else value for value in column]
         usable = [value for value, n in Counter(filter(None, column)).most_common() if 25 * n >= count.total()]
-        number = np.array([usable.index(value) if value in usable else -1 for value in column])
+        number = np.array([usable.index(value) if value in usable else -1 for value in column])  # -1 = left out
         fine, but = good & (number >= 0), "".join(f" but {value}" for value in usable if value != pooled)
         missing = any(len({*zip(a[fine], test[fine])}) < 2 * (a.max() + 1) for a in (*kept.values(), number))
         twin = [k for k, a in kept.items() if len({*zip(a[fine], number[fine])}) <= max(a.max(), number.max()) + 1]
@@ -284,7 +284,7 @@ def texts(args, device, pooled=" rarer values together") -> Items:  # weighted: 
     unknown = (table == UNKNOWN).sum() / sum(map(len, cut))
     said.insert(0, f"{counts}, {(single & ~good).sum()} lack a value; {long} are cut; unknown words: {unknown:.1%}")
     if not kept or set(args.ask) - set(kept) or min(map(len, parts)) < 4 * args.pairs:
-        raise UsageError(f"--ask, --pairs: no such attribute, or not {4 * args.pairs} texts a part. {'. '.join(said)}")
+        raise UsageError(f"--ask, --pairs: ask otherwise or give more text, {4 * args.pairs} a part. {'. '.join(said)}")
     probes.say("\n  ".join(said))
     if 2 * len(parts[1]) < test.sum():
         probes.say("warning: most held-out texts are dropped; raise --words or --vocabulary, or give more varied text")
