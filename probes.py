@@ -240,8 +240,8 @@ def report(metrics: dict) -> str:
         arm, m, runs, n = row["arm"], row["difficulty"], row["runs"], len(row["runs"])
         lr = rate(row["lr"]) + (" best" if row["best"] else "") + (" (edge)" if row["edge"] else "")
         lengths = ["-" if run["plateau_length"] is None else f"{run['plateau_length']:,}" for run in runs]
-        median = ("at least " if row["left"] < 0.8 * n else "") + f"{row['median']:,.0f}"
-        cells = [arm, str(m), lr, " ".join(lengths), median]
+        bound = "at least " if row["left"] < 0.8 * n else ""
+        cells = [arm, str(m), lr, " ".join(lengths), f"{bound}{row['median']:,.0f}"]
         cells += [f"{row[key]} of {n}" for key in ("left", "completed", "damaged")]
         for key in ("weights_score", "weights_score_identity", "weights_score_after_norm"):
             ends = [[run[key][at][metrics["block"]] for run in runs if key in run] for at in (0, -1)]
@@ -259,8 +259,8 @@ def report(metrics: dict) -> str:
                 said += f"; {where}: leaves sooner than the baseline in {sooner} of {len(change)} seeds, "
                 said += f"later in {later} (sign test p = {sign_test(sooner, later):.2g}), "
                 said += f"median {statistics.median(change):+,.0f} steps"
-            if (arm, r["arm"], where) == ("baseline", "oracle", "same rate"):
-                said += f"; the plateau is {row['median'] / max(1, r['median']):.2g} times the oracle's"
+            if (arm, r["arm"], where) == ("baseline", "oracle", "same rate") and r["left"] >= 0.8 * len(r["runs"]):
+                said += f"; the plateau is {bound}{row['median'] / max(1, r['median']):.2g} times the oracle's"
         words.append(f"{said}.")
     return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), "", *words]).rstrip()
 
