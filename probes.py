@@ -470,8 +470,12 @@ def open_folder(args) -> None:
 def write_aside(path: Path, content: bytes) -> None:
     """Write a file beside its place, then move it there: a reader never sees half of it."""
     aside = path.with_name(path.name + ".part")
-    aside.write_bytes(content)
-    os.replace(aside, path)
+    try:
+        aside.write_bytes(content)
+        os.replace(aside, path)
+    except OSError:  # a full disk
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def between(low: float, high: float, kind=int):
@@ -568,7 +572,7 @@ def run(main) -> None:
     except UsageError as error:
         message = f"error: {error}"
     except OSError as error:  # a full disk, a folder that is gone
-        message = f"error: {error}; the last checkpoint is whole: mend it, or choose another --out, and --resume"
+        message = f"error: {error}; make room or choose another --out; --resume goes on from a checkpoint there"
     except (RuntimeError, MemoryError) as error:
         memory = ("MemoryError", "allocate memory", "out of memory", "ALLOC_FAILED")  # of CPU, CUDA, its libraries
         if any(word in repr(error) for word in memory):
