@@ -38,13 +38,7 @@ DEFAULTS = {
 def parse_args():
     parser = probes.flags(__doc__, DEFAULTS)
     add, between = parser.add_argument, probes.between
-    add(
-        "--fraction",
-        type=between(0, 1, float),
-        nargs="+",
-        default=[0.0, 0.5],
-        help="easy part of a batch, 0 = baseline",
-    )
+    add("--fraction", type=between(0, 1, float), nargs="+", default=[0.0, 0.5], help="easy part; 0 = baseline")
     add("--mix", choices=("easy", "unrelated"), nargs="+", default=["easy"], help="what is mixed in")
     add("--easy-difficulty", type=parse_difficulty, default=1.0, help="mappings in play in the easy part")
     add("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, inf = always fresh")
@@ -114,12 +108,12 @@ def main():
 
 def plot(metrics: dict, out: str) -> None:
     figure, d, groups = probes.draw(metrics)
-    for colour, (label, runs) in zip(probes.COLOURS, groups.items()):
-        own = [probes.at_least(metrics, run) * (1 - run["fraction"]) for run in runs]
-        d.plot([runs[0]["fraction"]] * len(runs), own, "o", color=colour, label=label)
+    for colour, runs in zip(probes.COLOURS, groups.values()):
+        for run in runs:
+            own = probes.at_least(metrics, run) * (1 - run["fraction"])
+            d.plot(run["fraction"], own, "o", color=colour, mfc=probes.face(run, colour))
     d.set(title="(d) The same in batches of the target task alone", xlabel="part of the batch that is mixed in",
           ylabel="plateau length x part that is the target task", ylim=0)  # fmt: skip
-    d.legend(fontsize=8)
     probes.save_figure(figure, out)
 
 

@@ -118,10 +118,9 @@ def example(world, n: int) -> dict:
 def plot(metrics: dict, out: str) -> None:
     figure, d, groups = probes.draw(metrics, by="difficulty")
     for colour, runs in zip(probes.COLOURS, groups.values()):
-        for run in runs:  # open: still on the plateau at the end
-            face = "none" if run["plateau_length"] is None else colour
+        for run in runs:
             change = probes.score_change(run, metrics["block"])
-            d.plot(change, probes.at_least(metrics, run), "o", color=colour, mfc=face)
+            d.plot(change, probes.at_least(metrics, run), "o", color=colour, mfc=probes.face(run, colour))
     d.axvline(0, color="grey", ls="--", lw=1)
     d.set(title="(d) Do long plateaus go with a damaged component?", xlabel="weights score, end minus start",
           ylabel="plateau length in steps", ylim=0)  # fmt: skip

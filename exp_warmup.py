@@ -97,9 +97,9 @@ def main():
 def plot(metrics: dict, out: str) -> None:
     figure, d, groups = probes.draw(metrics)
     for colour, runs in zip(probes.COLOURS, groups.values()):
-        for run in runs:  # open: still on the plateau at the end
-            face = "none" if run["plateau_length"] is None else colour
-            d.plot(run["switch"], probes.at_least(metrics, run) - run["switch"], "o", color=colour, mfc=face)
+        for run in runs:
+            after = probes.at_least(metrics, run) - run["switch"]
+            d.plot(run["switch"], after, "o", color=colour, mfc=probes.face(run, colour))
     d.axhline(0, color="grey", lw=1)
     d.set(title="(d) Steps on the target task itself", xlabel="switch at step", ylabel="plateau length after it")
     probes.save_figure(figure, out)

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "agg"  # figures go to files, whatever a notebook has set
@@ -187,6 +188,11 @@ def at_least(metrics: dict, run: dict) -> int:
     return metrics["steps"][-1] if run["plateau_length"] is None else run["plateau_length"]
 
 
+def face(run: dict, colour: str) -> str:
+    """Of a run's dot: open while it is still on the plateau at the end."""
+    return "none" if run["plateau_length"] is None else colour
+
+
 def score_change(run: dict, block: int) -> float:
     """Asked weights score, last probe minus first; not a number for a run that diverged."""
     start, end = (run["weights_score"][at][block] for at in (0, -1))
@@ -209,6 +215,7 @@ def rows(metrics: dict) -> list[dict]:
 
     best: the rate with the shortest median plateau of its arm and difficulty (ties: lowest final loss), chosen on these
     very seeds; edge: it is the smallest or largest tried. damaged: asked score down by more than DAMAGE (error: up).
+    bound: "at least " where more than a fifth is censored, so that the median is a bound.
     """
     rates, worse, groups, out = metrics["lr"], 1 if metrics["error"] else -1, {}, []
     for run in metrics["runs"]:
@@ -219,6 +226,7 @@ def rows(metrics: dict) -> list[dict]:
         row["median"] = statistics.median(row["length"].values())
         row["loss"] = statistics.median(math.inf if run["loss"][-1] is None else run["loss"][-1] for run in runs)
         row["left"] = sum(run["plateau_length"] is not None for run in runs)
+        row["bound"] = "at least " if row["left"] < 0.8 * len(runs) else ""
         row["completed"] = sum(run["completion_step"] is not None for run in runs)
         row["damaged"] = sum(worse * score_change(run, metrics["block"]) > DAMAGE for run in runs)
         out.append(row)
@@ -231,7 +239,7 @@ def rows(metrics: dict) -> list[dict]:
 
 def report(metrics: dict) -> str:
     """Table and verdict of a training as Markdown: each arm and difficulty at the common rate (the first of --lr) and,
-    where several were tried, at its own best. With more than a fifth of the runs censored a median says "at least"."""
+    where several were tried, at its own best."""
     name, every, words = metrics["symbol"], rows(metrics), []
     head = ["arm", name, "rate", "plateau length of every seed", "median", "left", "completed", "damaged",
             "asked score, alone", "identity (the paper's)", "after the norm"]  # fmt: skip
@@ -240,8 +248,7 @@ def report(metrics: dict) -> str:
         arm, m, runs, n = row["arm"], row["difficulty"], row["runs"], len(row["runs"])
         lr = rate(row["lr"]) + (" best" if row["best"] else "") + (" (edge)" if row["edge"] else "")
         lengths = ["-" if run["plateau_length"] is None else f"{run['plateau_length']:,}" for run in runs]
-        bound = "at least " if row["left"] < 0.8 * n else ""
-        cells = [arm, str(m), lr, " ".join(lengths), f"{bound}{row['median']:,.0f}"]
+        cells = [arm, str(m), lr, " ".join(lengths), f"{row['bound']}{row['median']:,.0f}"]
         cells += [f"{row[key]} of {n}" for key in ("left", "completed", "damaged")]
         for key in ("weights_score", "weights_score_identity", "weights_score_after_norm"):
             ends = [[run[key][at][metrics["block"]] for run in runs if key in run] for at in (0, -1)]
@@ -259,8 +266,8 @@ def report(metrics: dict) -> str:
                 said += f"; {where}: leaves sooner than the baseline in {sooner} of {len(change)} seeds, "
                 said += f"later in {later} (sign test p = {sign_test(sooner, later):.2g}), "
                 said += f"median {statistics.median(change):+,.0f} steps"
-            if (arm, r["arm"], where) == ("baseline", "oracle", "same rate") and r["left"] >= 0.8 * len(r["runs"]):
-                said += f"; the plateau is {bound}{row['median'] / max(1, r['median']):.2g} times the oracle's"
+            if (arm, r["arm"], where) == ("baseline", "oracle", "same rate") and not r["bound"]:
+                said += f"; the plateau is {row['bound']}{row['median'] / max(1, r['median']):.2g} times the oracle's"
         words.append(f"{said}.")
     return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), "", *words]).rstrip()
 
@@ -398,12 +405,10 @@ class Record:
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.kept = state["kept"]
                 return int(state["step"])
-        except Exception as error:  # of a damaged file torch raises nearly anything
-            raise UsageError(
-                f"--resume: {self.path} is damaged or of another script ({type(error).__name__})"
-            ) from None
+        except Exception:  # of a damaged file torch raises nearly anything
+            raise UsageError(f"--resume: {self.path} is damaged or not of this script; use --overwrite") from None
         was = ", ".join(f"{key} (then {then.get(key)}, now {self.settings.get(key)})" for key in other if key != "runs")
-        raise UsageError(f"--resume: the checkpoint is of another command: {was or 'other runs'}; or --overwrite")
+        raise UsageError(f"--resume: it is of another command: {was or 'other runs'}; use its flags, or --overwrite")
 
     def finish(self, **more) -> dict:
         """Write metrics.json, print table and verdict, return the metrics; all processes but the first end here."""
@@ -446,7 +451,7 @@ def open_folder(args) -> None:
     """Make --out, lock it while this process lives, see that nothing in it would be lost, else UsageError. Processes of
     torchrun meet here, before anything is trained, so that a group that cannot be formed costs no training."""
     if PROCESSES > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(hours=1))
     if RANK == 0:
         out = Path(args.out)
         try:
@@ -565,10 +570,7 @@ def run(main) -> None:
     try:
         return main()
     except KeyboardInterrupt:
-        code, message = (
-            130,
-            "interrupted; the same command with --resume (in place of --overwrite) goes on from the last checkpoint",
-        )
+        code, message = 130, "interrupted; --resume, in place of --overwrite, goes on from the last checkpoint"
     except UsageError as error:
         message = f"error: {error}"
     except OSError as error:  # a full disk, a folder that is gone
@@ -610,8 +612,8 @@ def draw(metrics: dict, by: str = "arm"):
             if key in runs[0]:
                 curves(b, metrics["probe_steps"], runs, lambda run: [row[block] for row in run[key]], colour, style)
         for place, run in zip(np.linspace(at - 0.3, at + 0.3, len(runs) + 2)[1:-1], runs):
-            marker, face = (">", "none") if run["plateau_length"] is None else ("o", colour)
-            c.plot(at_least(metrics, run), place, marker, color=colour, mfc=face, clip_on=False)
+            marker = ">" if run["plateau_length"] is None else "o"
+            c.plot(at_least(metrics, run), place, marker, color=colour, mfc=face(run, colour), clip_on=False)
     for value, text in ((level["no_context_loss"], "best without context"), (level["bayes_loss"], "exact Bayes"),
                         (ESCAPE * level["no_context_loss"], "below: the plateau is over")):  # fmt: skip
         a.axhline(value, color="grey", ls="--", lw=1)
