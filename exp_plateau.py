@@ -3,15 +3,17 @@
     python exp_plateau.py                                     the figure, laptop scale
     python exp_plateau.py --difficulty 1 10 inf --seeds 5     your own sweep
     python exp_plateau.py --task linear                       linear regression; difficulty is the dimension (claim 8)
+    python exp_plateau.py --change reset rescaled --at 1000   what is to blame? arms that are changed at a step
 
 Runs = difficulties x learning rates x seeds, trained in one program; and at the hardest difficulty the oracle: the same
 task for a network that sees the clean factor values, so that its weights component is perfect from step 0. What it
 needs to leave the plateau is the context component's own time.
-Writes metrics.json, figure.png and checkpoint.pt to --out.
+Changes: see `change`. Writes metrics.json, figure.png and checkpoint.pt to --out.
 """
 
 import math
 import os
+import re
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait sleep
 
@@ -40,6 +42,9 @@ LINEAR = {
 }  # fmt: skip
 
 
+CHANGES = ("fresh", "slower", "rescaled", "projected", "reset", "swapped")
+
+
 def parse_args():
     linear = probes.early("--task", "shapes") == "linear"
     parser = probes.flags(__doc__, LINEAR if linear else DEFAULTS)
@@ -47,6 +52,8 @@ def parse_args():
     add("--task", choices=("shapes", "linear"), default="shapes", help="images, or linear regression")
     add("--noise", type=between(0, 1e6, float), default=0.0, help="linear: deviation of y")
     add("--no-oracle", action="store_true", help="shapes: leave out the oracle")
+    add("--change", choices=CHANGES, nargs="+", default=[], help="arms of the hardest difficulty, each changed once")
+    add("--at", type=between(0, 1e8), default=1000, help="the step of the change")
     add("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, inf = always fresh; linear: d")
     add("--lr", type=between(1e-9, 1e9, float), nargs="+", help="Adam's; the first is common, all for an arm's best")
     add("--steps", type=between(1, 1e8), help="training steps, the budget")
@@ -68,6 +75,10 @@ def parse_args():
     args = probes.checked(parser)
     if linear and max(args.difficulty) > 64:
         parser.error("--difficulty: with --task linear it is a dimension; give whole numbers from 1 to 64")
+    if "swapped" in args.change and (len(args.lr) != 2 or probes.PROCESSES > 1):
+        parser.error("--change swapped: needs two rates (--lr), and one process")
+    if args.change and args.at >= args.steps:
+        parser.error(f"--at {args.at}: must lie inside the budget, 0 .. {args.steps - 1} (--steps)")
     return args
 
 
@@ -79,6 +90,7 @@ def main():
     arms = [("baseline", m) for m in args.difficulty]
     if args.task == "shapes" and not args.no_oracle:
         arms.append(("oracle", args.difficulty[-1]))
+    arms += [(name, args.difficulty[-1]) for name in args.change]
     runs = probes.share([dict(arm=arm, difficulty=m, lr=lr, seed=seed) for arm, m in arms
                          for lr in args.lr for seed in args.seeds])  # fmt: skip
     if args.task == "shapes":
@@ -97,6 +109,8 @@ def main():
         compile_blocks(model)
 
     for step in record.steps():  # in between it measures, prints and saves
+        if args.change and step == args.at:
+            change(runs, model, GPT(config, seeds).to(device), optimizer, record.prober.items[0][0][:, :, None])
         batch = world.sample(seed, target, sequence_numbers(seed, step, args.batch, args.sequences), args.pairs)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             logits = model(batch.x, batch.y)
@@ -105,6 +119,45 @@ def main():
         optimizer.step()
 
     plot(record.finish(example=example(world, args.pairs) if args.task == "shapes" else None), args.out)
+
+
+@torch.no_grad()
+def change(runs: list[dict], model: GPT, start: GPT, optimizer: Adam, x: torch.Tensor) -> None:
+    """Change the arms of --change in place. start: the model at step 0; x (r, i, 1, d): inputs without context.
+
+    fresh      Adam starts afresh, nothing else: the control of `reset` and `swapped`
+    slower     a quarter of the rate
+    rescaled   all weights that write to the residual stream shrink until the spread of the states is that of step 0;
+               the network computes the same as before, since every block reads through a LayerNorm
+    projected  these weights lose the direction in which the states vary most
+    reset      read-in and first block back to step 0, with a fresh Adam
+    swapped    read-in and first block of the baseline with the other rate and the same seed, with a fresh Adam
+    """
+    now, then = (probes.states(net, x)[:, -1] for net in (model, start))  # (r, i, d), after the last block
+    shrink = (then.var(1).sum(-1) / now.var(1).sum(-1)).sqrt()
+    direction = torch.linalg.svd(now - now.mean(1, keepdim=True), full_matrices=False).Vh[:, 0]
+    names, values = zip(*model.named_parameters())
+    writing = [p for name, p in zip(names, values) if re.match(r"read_in|position|blocks.*_out", name)]
+    first = [i for i, name in enumerate(names) if name.startswith(("read_in", "blocks.0."))]
+    for r, run in enumerate(runs):
+        arm = run["arm"]
+        source, donor = list(start.parameters()), r
+        if arm == "swapped":
+            same = lambda other: other["arm"] == "baseline" and all(other[k] == run[k] for k in ("seed", "difficulty"))
+            source, donor = values, next(i for i, o in enumerate(runs) if same(o) and o["lr"] != run["lr"])
+        if arm == "slower":
+            optimizer.lr[r] /= 4
+        for p in writing:
+            if arm == "rescaled":
+                p[r] *= shrink[r]
+            if arm == "projected":
+                p[r] -= (p[r] @ direction[r])[..., None] * direction[r]
+        if arm in ("reset", "swapped"):
+            for i in first:
+                values[i][r] = source[i][donor]
+        if arm in ("fresh", "reset", "swapped"):
+            for state in (*optimizer.mean, *optimizer.square, optimizer.count):
+                state[r] = 0
 
 
 def example(world, n: int) -> dict:

@@ -183,7 +183,7 @@ class Adam:
         self.clips = bool(torch.isfinite(torch.as_tensor(clip)).any())  # on the CPU: asking a GPU would stall it
         self.mean = [torch.zeros_like(p) for p in self.params]
         self.square = [torch.zeros_like(p) for p in self.params]
-        self.count = torch.zeros((), device=device)
+        self.count = torch.zeros((runs, 1, 1), device=device)  # steps; of its own, since a run may start afresh
 
     @torch.no_grad()
     def step(self) -> None:
@@ -268,7 +268,7 @@ def main() -> None:
                 logits = model(x, y)
             cross_entropy(logits, label).mean((1, 2)).sum().backward()
             optimizer.step()
-            optimizer.count.item()
+            optimizer.count[0].item()
             times.append((between - began, time.perf_counter() - between))
         product, step = torch.tensor(times[2:]).median(0).values.tolist()  # the first ones compile
         took, rate = step / runs, 2e-9 * side**3 / product

@@ -221,7 +221,7 @@ def rows(metrics: dict) -> list[dict]:
     for run in metrics["runs"]:
         groups.setdefault((run["arm"], run["difficulty"], run["lr"]), []).append(run)
     for (arm, m, lr), runs in groups.items():
-        row = {"arm": arm, "difficulty": m, "lr": lr, "runs": runs, "common": lr == rates[0]}
+        row = {"arm": arm, "difficulty": m, "lr": lr, "runs": runs}
         row["length"] = {run["seed"]: at_least(metrics, run) for run in runs}
         row["median"] = statistics.median(row["length"].values())
         row["loss"] = statistics.median(math.inf if run["loss"][-1] is None else run["loss"][-1] for run in runs)
@@ -238,13 +238,12 @@ def rows(metrics: dict) -> list[dict]:
 
 
 def report(metrics: dict) -> str:
-    """Table and verdict of a training as Markdown: each arm and difficulty at the common rate (the first of --lr) and,
-    where several were tried, at its own best."""
+    """Table and verdict of a training as Markdown: each arm and difficulty at every rate, the common first."""
     name, every, words = metrics["symbol"], rows(metrics), []
     head = ["arm", name, "rate", "plateau length of every seed", "median", "left", "completed", "damaged",
             "asked score, alone", "identity (the paper's)", "after the norm"]  # fmt: skip
     lines = [head, ["---"] * len(head)]
-    for row in [row for row in every if row["common"] or row["best"]]:
+    for row in every:
         arm, m, runs, n = row["arm"], row["difficulty"], row["runs"], len(row["runs"])
         lr = rate(row["lr"]) + (" best" if row["best"] else "") + (" (edge)" if row["edge"] else "")
         lengths = ["-" if run["plateau_length"] is None else f"{run['plateau_length']:,}" for run in runs]

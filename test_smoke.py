@@ -24,6 +24,7 @@ import torch
 from torch.nn import functional as F
 
 import exp_nlp
+import exp_plateau
 import probes
 import tasks
 from model import GPT, Adam, Block, Config, compile_blocks
@@ -155,6 +156,32 @@ def test_bf16_keeps_the_residual_stream_in_fp32_and_gives_nearly_the_same_logits
         logits, states = model(x, y, hidden=True)
     assert logits.dtype == torch.bfloat16 and all(h.dtype == torch.float32 for h in states)
     torch.testing.assert_close(logits.float(), model(x, y), atol=3e-2, rtol=3e-2)
+
+
+def test_changes_do_what_they_say_and_spare_the_others():
+    runs = [dict(arm=arm, difficulty=2, lr=lr, seed=0) for arm in ("baseline", *exp_plateau.CHANGES) for lr in (2, 1)]
+    zeros = [0] * len(runs)
+    start, model, before = GPT(Config(**TINY), zeros), *(disturbed(GPT(Config(**TINY), zeros)) for _ in range(2))
+    optimizer, (x, y, _) = Adam(model, [1.0] * len(runs)), tiny_batch(len(runs))
+    moments = (*optimizer.mean, *optimizer.square, optimizer.count)
+    for state in moments:
+        state += 1
+    exp_plateau.change(runs, model, start, optimizer, x[:, :, :1])
+    spread, spread_0 = (probes.geometry(probes.states(net, x[:, :, :1]))["spread"][:, -1] for net in (model, start))
+    for r, arm in enumerate(run["arm"] for run in runs):
+        fresh, moved = arm in ("fresh", "reset", "swapped"), arm in ("reset", "swapped")
+        assert all((state[r] == 1 - fresh).all() for state in moments)
+        assert optimizer.lr[r] == (0.25 if arm == "slower" else 1.0)
+        for (name, now), then, own in zip(model.named_parameters(), start.parameters(), before.parameters()):
+            if moved and name.startswith(("read_in", "blocks.0.")):
+                assert torch.equal(now[r], then[r] if arm == "reset" else own[1 - r % 2])
+            elif arm not in ("rescaled", "projected"):
+                assert torch.equal(now[r], own[r])
+        if arm == "rescaled":  # what it computes stays, up to the LayerNorm's epsilon
+            torch.testing.assert_close(spread[r], spread_0[r], atol=0, rtol=1e-3)
+            torch.testing.assert_close(model(x, y)[r], before(x, y)[r], atol=1e-3, rtol=1e-3)
+        if arm == "projected":  # one direction of the states is gone
+            assert np.linalg.matrix_rank(probes.states(model, x, y)[r, -1], tol=1e-4) == TINY["d_model"] - 1
 
 
 def test_one_compilation_serves_every_layer_and_no_measure(monkeypatch):
