@@ -6,9 +6,13 @@
     python exp_aux_loss.py --embedding onehot                         for an oracle, its weights component perfect
     python exp_aux_loss.py --task linear                              linear regression (claim 8)
 
-Total loss = label loss + weight x extra loss, which is read from the final layer at every x, with context visible:
-  weights   all factor values of x_i: cross-entropy, mean over factors      context  which factor the sequence asks for
-  shuffled  the values of another, fixed image instead of x_i's: the same load, no information about the factors
+Total loss = label loss + weight x extra loss, which is read from the final layer (--read-block), with context visible:
+  weights   all factor values (--read-factors) of x_i at x_i: cross-entropy, mean over factors
+  previous  the values of x_(i-1) instead          labels    the values of x_i, read at its label
+  shuffled  the values of another, fixed image: the same load, no information about the factors
+  context   which factor the sequence asks for, at every x
+  alike     mean squared cosine between the states of any two x; needs no labels. States that are alike in one direction
+            or in all swamp what tells inputs apart; at 1 / d_model they use all directions evenly
   norm      mean square of the residual stream after each block; needs no labels
 In regression: weights = x_i itself (squared error / d), context = the hidden w, shuffled = the x_i of another sequence.
 Cheap explanations, as further arms: decay (decoupled weight decay), clip (gradient norm), epsilon (Adam's).
@@ -22,13 +26,14 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait sleep
 
 import torch
-from einops import rearrange
+from torch.nn import functional as F
 
 import probes
 from model import GPT, Adam, Config, Linear, compile_blocks, pick_device
 from tasks import FACTORS, SIZES, Regression, mapping_counts, parse_difficulty, sequence_numbers, shapes
 
-WEIGHTS = dict(weights=0.3, context=0.3, shuffled=0.3, norm=0.01, decay=1.0, clip=0.2, epsilon=1e-4)  # of each arm
+WEIGHTS = dict(weights=0.3, previous=0.3, labels=0.3, shuffled=0.3, context=0.3, alike=1.0, norm=0.01, decay=1.0,
+               clip=0.2, epsilon=1e-4)  # fmt: skip  # of each arm
 DEFAULTS = {
     "laptop": dict(difficulty=[math.inf],
                    lr=[5e-4], steps=1500, batch=48, pairs=12, n_layer=3, n_head=2, d_model=64, evaluations=60, probes=4,
@@ -53,8 +58,9 @@ def parse_args():
     add, between = parser.add_argument, probes.between
     add("--task", choices=("shapes", "linear"), default="shapes", help="images, or linear regression")
     add("--noise", type=between(0, 1e6, float), default=0.0, help="linear: deviation of y")
-    add("--loss", type=parse_arm, nargs="+", default=["baseline", "weights:0.3", "norm:0.01"],
+    add("--loss", type=parse_arm, nargs="+", default=["baseline", "weights:0.3", "alike:1"],
         help=f"arms: none, {', '.join(WEIGHTS)}; weights:0.3 sets a weight, weights+norm adds up")  # fmt: skip
+    add("--read-block", type=between(0, 1000), default=0, help="block after which extra losses are read, 0 = the last")
     add("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, inf = always fresh; linear: d")
     add("--lr", type=between(1e-9, 1e9, float), nargs="+", help="Adam's; the first is common, all for an arm's best")
     add("--steps", type=between(1, 1e8), help="training steps, the budget")
@@ -73,11 +79,16 @@ def parse_args():
         add("--code-seed", type=between(0, 1e8), help="of the code, and of the split into training and held-out images")
         add("--factors", type=between(1, 15), nargs=6, help="numbers of values, 1 = constant")
         add("--ask", choices=FACTORS, nargs="+", help="factors that may be asked; the others only vary")
+        add("--read-factors", choices=FACTORS, nargs="+", help="factors that extra losses read; default all that vary")
     args = probes.checked(parser)
     if linear and max(args.difficulty) > 64:
         parser.error("--difficulty: with --task linear it is a dimension; give whole numbers from 1 to 64")
     if not linear and len(args.ask) == 1 and any("context" in text for text in args.loss):
         parser.error("--ask: with one asked factor the context loss has nothing to read; ask two or leave it out")
+    if args.read_block > args.n_layer:
+        parser.error(f"--read-block {args.read_block}: there are {args.n_layer} blocks (--n-layer)")
+    if not linear and any(args.factors[FACTORS.index(name)] == 1 for name in args.read_factors or ()):
+        parser.error("--read-factors: a factor of one value has nothing to read")
     return args
 
 
@@ -100,14 +111,13 @@ def main():
     runs = probes.share([dict(arm=arm, difficulty=m, lr=lr, seed=seed) for m in args.difficulty for arm in args.loss
                          for lr in args.lr for seed in args.seeds])  # fmt: skip
     extra = [dict(part.split(":") for part in run["arm"].split("+") if part != "baseline") for run in runs]
-    weights, context, shuffled, norm, decay = (
-        torch.tensor([float(parts.get(name, 0)) for parts in extra], device=device)
-        for name in ("weights", "context", "shuffled", "norm", "decay")
-    )  # (r,) each
+    weight = {name: torch.tensor([float(parts.get(name, 0)) for parts in extra], device=device) for name in WEIGHTS}
     clip = [float(parts.get("clip", math.inf)) for parts in extra]
     epsilon = [float(parts.get("epsilon", 1e-8)) for parts in extra]
     if args.task == "shapes":
         world = shapes(args.factors, args.ask, args.embedding, args.code_width, args.code_gain, args.code_seed, device)
+        if args.read_factors:
+            world.read = [FACTORS.index(name) for name in args.read_factors]
     else:
         world = Regression(int(args.difficulty[-1]), args.noise, device)
     seeds = [run["seed"] for run in runs]
@@ -117,7 +127,7 @@ def main():
     model.extra = Linear(len(runs), args.d_model, world.n_value + world.n_asked)  # read-outs of the extra losses
     model.extra.initialise(seeds)
     model = model.to(device)
-    optimizer = Adam(model, [run["lr"] for run in runs], eps=epsilon, weight_decay=decay, clip=clip)
+    optimizer = Adam(model, [run["lr"] for run in runs], eps=epsilon, weight_decay=weight["decay"], clip=clip)
     record = probes.Record(args, runs, world, model, optimizer)
     if not args.no_compile:
         compile_blocks(model)
@@ -126,14 +136,25 @@ def main():
         batch = world.sample(seed, target, sequence_numbers(seed, step, args.batch, args.sequences), args.pairs)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             logits, states = model(batch.x, batch.y, hidden=True)  # states: after each block, (r, b, tokens, d)
-            guess = model.extra(model.norm(rearrange(model.at_x(states[-1]), "r b n d -> r (b n) d")))
-        guess = rearrange(guess, "r (b n) o -> r b n o", b=args.batch)
-        value, asked = guess.split([world.n_value, world.n_asked], -1)
+            read = states[args.read_block - 1]
+            at_x, at_label = model.at_x(read), model.at_x(read[:, :, 1:])  # (r, b, n, d)
+            guess, guess_at_label = (
+                model.extra(model.norm(h.flatten(1, 2))).unflatten(1, h.shape[1:3]) for h in (at_x, at_label)
+            )
+        value, which = guess.split([world.n_value, world.n_asked], -1)
+        unit = F.normalize(at_x.float().flatten(1, 2), dim=-1)
+        losses = dict(
+            weights=world.value_loss(value, batch.values),
+            previous=world.value_loss(value, batch.values.roll(1, 2)),
+            labels=world.value_loss(guess_at_label[..., : world.n_value], batch.values),
+            shuffled=world.value_loss(value, world.other_values(batch)),
+            context=world.asked_loss(which, batch),
+            alike=(unit.mT @ unit / unit.shape[1]).square().sum((1, 2), keepdim=True),  # as of all pairs, and cheaper
+            norm=torch.stack([h.square().mean((1, 2, 3), keepdim=True)[..., 0] for h in states]).mean(0),
+        )  # (r, b, n) or one per run
         loss = world.loss(logits, batch).mean((1, 2))  # (r,), one mean per run
-        loss = loss + weights * world.value_loss(value, batch.values).mean((1, 2))
-        loss = loss + shuffled * world.value_loss(value, world.other_values(batch)).mean((1, 2))
-        loss = loss + context * world.asked_loss(asked, batch).mean((1, 2))
-        loss = loss + norm * torch.stack([h.square().mean((1, 2, 3)) for h in states]).mean(0)
+        for name, extra_loss in losses.items():
+            loss = loss + weight[name] * extra_loss.mean((1, 2))
         loss.sum().backward()  # nothing crosses the run axis: the sum's gradient is each run's own
         optimizer.step()
 

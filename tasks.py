@@ -133,6 +133,7 @@ class Items:
         self.asked_sizes = torch.tensor([self.sizes[f] for f in self.asked], device=device)
         self.varying = [f for f, size in enumerate(self.sizes) if size > 1]
         self.value_sizes = [self.sizes[f] for f in self.varying]
+        self.read = self.varying  # by the extra losses; a script may choose fewer
         self.asked_varying = [self.varying.index(f) for f in self.asked]  # the asked ones among them
         self.n_value, self.n_asked = sum(self.value_sizes), len(self.asked)  # outputs of the extra losses' read-outs
         self.asked_columns = torch.tensor(self.asked, device=device)
@@ -205,9 +206,9 @@ class Items:
         return cross_entropy(logits, batch.label)
 
     def value_loss(self, logits, values) -> torch.Tensor:
-        """Mean cross-entropy of the varying factors: logits (r, b, n, n_value), values (r, b, n, f) -> (r, b, n)."""
+        """Mean cross-entropy of the factors read: logits (r, b, n, n_value), values (r, b, n, f) -> (r, b, n)."""
         parts = zip(self.varying, logits.split(self.value_sizes, -1))
-        return torch.stack([cross_entropy(part, values[..., f]) for f, part in parts]).mean(0)
+        return torch.stack([cross_entropy(part, values[..., f]) for f, part in parts if f in self.read]).mean(0)
 
     def asked_loss(self, logits, batch: Sequences) -> torch.Tensor:
         """Cross-entropy of the asked factor: logits (r, b, n, n_asked) -> (r, b, n)."""

@@ -27,7 +27,7 @@ import exp_nlp
 import exp_plateau
 import probes
 import tasks
-from model import GPT, Adam, Block, Config, compile_blocks
+from model import GPT, Adam, Block, Config, Linear, compile_blocks
 from tasks import FACTORS, HELD_OUT, SIZES, Regression, UsageError, bayes, mapping_counts, sequence_numbers, shapes
 
 HERE = Path(__file__).parent
@@ -108,13 +108,20 @@ def test_attention_is_causal():
     assert not torch.allclose(a[:, :, 2:], b[:, :, 2:]) and not torch.allclose(a[:, :, 3], c[:, :, 3])
 
 
-def train(world, seeds: list, every_m: list, rates, pairs: int = 4) -> GPT:
-    """By hand, one step for every m (r,) or (r, b)."""
+def train(world, seeds: list, every_m: list, rates, pairs: int = 4, extra=None) -> GPT:
+    """By hand, one step for every m (r,) or (r, b). extra(model, states of each block, batch) is added to the loss."""
     model, seed = GPT(Config(**world.inputs, n_pair=pairs, n_layer=2, n_head=2, d_model=16), seeds), torch.tensor(seeds)
+    if extra:
+        model.extra = Linear(len(seeds), 16, world.n_value + world.n_asked)
+        model.extra.initialise(seeds)
     optimizer = Adam(model, rates)
     for step, m in enumerate(every_m):
         batch = world.sample(seed, m, sequence_numbers(seed, step, 4), pairs)
-        world.loss(model(batch.x, batch.y), batch).mean((1, 2)).sum().backward()
+        logits, states = model(batch.x, batch.y, hidden=True)
+        loss = world.loss(logits, batch).mean((1, 2)).sum()
+        if extra:
+            loss = loss + extra(model, states, batch) + sum(0 * p.sum() for p in model.extra.parameters())
+        loss.backward()
         optimizer.step()
     return model
 
@@ -628,8 +635,8 @@ def science(folder: Path) -> dict:
     return {key: value for key, value in metrics.items() if key not in ("environment", "command", "settings")}
 
 
-def weights_of(folder: Path) -> torch.Tensor:
-    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]["read_out.weight"]
+def weights_of(folder: Path, name: str = "read_out.weight") -> torch.Tensor:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"][name]
 
 
 @pytest.mark.parametrize("command", EACH)
@@ -716,6 +723,40 @@ def test_scripts_train_as_by_hand_and_arms_that_do_nothing_are_the_baseline(tmp_
                          ("mix", [hard, mixed, easy]), ("nlp", [text, text, text])):  # fmt: skip
         for got, by_hand in zip(weights_of(tmp_path / name).split(2), models):
             assert torch.equal(got, by_hand.read_out.weight), name
+
+
+def test_extra_losses_train_as_by_hand(tmp_path):
+    run(f"exp_aux_loss.py {SMALL} --loss alike:2 norm:2 --out {tmp_path}/last")
+    run(f"exp_aux_loss.py {SMALL} --loss weights previous labels --read-block 1 --read-factors shape floor_hue "
+        f"--factors 3 3 2 2 4 1 --out {tmp_path}/first")  # fmt: skip
+
+    def alike(model, states, batch):
+        x = states[1][:, :, ::2].flatten(1, 2)
+        return sum(2 * F.cosine_similarity(s[:, None], s[None], dim=-1).square().mean() for s in x)
+
+    def norm(model, states, batch):
+        return sum(2 * state.square().mean((1, 2, 3)).sum() / len(states) for state in states)
+
+    def values_read(token, back):
+        def loss(model, states, batch):
+            out = 0
+            for r, b, n in product(range(2), range(4), range(4)):
+                guess = model.extra(model.norm(states[0][:, b, 2 * n + token][:, None]))[r, 0]
+                hue, shape, value = guess[:3], guess[10:14], batch.values[r, b, (n - back) % 4]
+                out = out - 0.3 * (hue.log_softmax(0)[value[0]] + shape.log_softmax(0)[value[4]]) / 2 / 16
+            return out
+
+        return loss
+
+    for name, world, every in (
+        ("last", shapes((3, 3, 2, 2, 1, 1), FACTORS[:2], code_width=12, code_gain=2.5), (alike, norm)),
+        ("first", shapes((3, 3, 2, 2, 4, 1), FACTORS[:2], code_width=12, code_gain=2.5),
+         (values_read(0, 0), values_read(0, 1), values_read(1, 0))),
+    ):  # fmt: skip
+        for got, extra in zip(weights_of(tmp_path / name, "blocks.0.mlp_out.weight").split(2), every):
+            m = [mapping_counts([math.inf, math.inf], "cpu")] * 12
+            by_hand = train(world, [0, 1], m, 2e-3, extra=extra)
+            torch.testing.assert_close(got, by_hand.blocks[0].mlp_out.weight, atol=1e-4, rtol=0)
 
 
 def test_a_run_that_diverges_is_null_and_spares_the_others(tmp_path):
