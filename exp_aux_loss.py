@@ -163,10 +163,10 @@ def main():
 
 def plot(metrics: dict, out: str) -> None:
     figure, d, groups = probes.draw(metrics)
-    spread = lambda run: [by_block[metrics["block"]] for by_block in run["spread"]]
+    alike = lambda run: [by_block[-1] for by_block in run["alike"]]
     for colour, (label, runs) in zip(probes.COLOURS, groups.items()):
-        probes.curves(d, metrics["probe_steps"], runs, spread, colour, label=label)
-    d.set(title="(d) Spread of the states", xlabel="step", ylabel="root of the summed variance", ylim=0)
+        probes.curves(d, metrics["probe_steps"], runs, alike, colour, label=label)
+    d.set(title="(d) How alike the states of different x are", xlabel="step", ylim=(0, 1), ylabel="mean squared cosine")
     d.legend(fontsize=8)
     probes.save_figure(figure, out)
 

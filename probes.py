@@ -8,7 +8,7 @@ read-out finds the ASKED factors of a held-out image in the hidden state of that
   weights_score_unasked     as weights_score, of the factors that vary but are never asked
   weights_score_converged   closed-form ridge on the standardised states: is the information there at all?
   weights_score_after_norm  the same after the LayerNorm through which the next block reads; lower only there: drowned
-  spread, first_share, cosine   of states: root of the summed variance, share of its first direction, pairwise cosine
+  spread, first_share, cosine, alike   of states: see `geometry`
 The context score: how well which factor is asked (regression: w) is read in the second half of a sequence.
 Everything is measured in fp32 on held-out data. An error is normalised: 1 = nothing known, LOWER is better.
 
@@ -130,12 +130,18 @@ def states(model, x: torch.Tensor, y: torch.Tensor | None = None, mixing: str = 
 
 
 def geometry(state: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of states (r, k, i, d), each (r, k): spread, share of the variance in the first direction, pairwise cosine."""
-    n, centred = state.shape[2], (state - state.mean(2, keepdim=True)).double()
+    """Of states (r, k, i, d), each (r, k): spread, share of the variance in the first direction, mean cosine of two
+    states, and alike, its mean square: 1 / d where they use all directions evenly, 1 where they share one."""
+    n, centred, unit = (
+        state.shape[2],
+        (state - state.mean(2, keepdim=True)).double(),
+        F.normalize(state.double(), dim=-1),
+    )
     variance = torch.linalg.eigvalsh(centred.mT @ centred / (n - 1)).clamp(min=0)  # ascending
-    total, unit = variance.sum(-1), F.normalize(state.double(), dim=-1).sum(2).square().sum(-1)
+    total, cosines = variance.sum(-1), unit.sum(2).square().sum(-1)
     share = variance[..., -1] / total.clamp(min=1e-12)
-    return {"spread": total.sqrt(), "first_share": share, "cosine": (unit - n) / (n * n - n)}
+    alike = (unit.mT @ unit / n).square().sum((-2, -1))
+    return {"spread": total.sqrt(), "first_share": share, "cosine": (cosines - n) / (n * n - n), "alike": alike}
 
 
 class Prober:

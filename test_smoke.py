@@ -411,6 +411,7 @@ def test_a_drowned_state_can_be_read_and_geometry_equals_numpy():
         assert got["spread"][run].item() == pytest.approx(math.sqrt(variance.sum()), rel=1e-4)
         assert got["first_share"][run].item() == pytest.approx(variance[0] / variance.sum(), rel=1e-4)
         assert got["cosine"][run].item() == pytest.approx(((unit @ unit.T).sum() - 3000) / (3000 * 2999), abs=1e-4)
+        assert got["alike"][run].item() == pytest.approx(((unit @ unit.T) ** 2).mean(), rel=1e-4)
 
 
 class ReadsOnly(GPT):
