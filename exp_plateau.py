@@ -53,7 +53,7 @@ def parse_args():
     add("--noise", type=between(0, 1e6, float), default=0.0, help="linear: deviation of y")
     add("--no-oracle", action="store_true", help="shapes: leave out the oracle")
     add("--change", choices=CHANGES, nargs="+", default=[], help="arms of the hardest difficulty, each changed once")
-    add("--at", type=between(0, 1e8), default=1000, help="the step of the change")
+    add("--at", type=between(0, 1e8), help="the step of the change; default half of --steps")
     add("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, inf = always fresh; linear: d")
     add("--lr", type=between(1e-9, 1e9, float), nargs="+", help="Adam's; the first is common, all for an arm's best")
     add("--steps", type=between(1, 1e8), help="training steps, the budget")
@@ -77,6 +77,7 @@ def parse_args():
         parser.error("--difficulty: with --task linear it is a dimension; give whole numbers from 1 to 64")
     if "swapped" in args.change and (len(args.lr) != 2 or probes.PROCESSES > 1):
         parser.error("--change swapped: needs two rates (--lr), and one process")
+    args.at = args.steps // 2 if args.at is None else args.at
     if args.change and args.at >= args.steps:
         parser.error(f"--at {args.at}: must lie inside the budget, 0 .. {args.steps - 1} (--steps)")
     return args
@@ -170,19 +171,46 @@ def example(world, n: int) -> dict:
 
 def plot(metrics: dict, out: str) -> None:
     figure, d, groups = probes.draw(metrics, by="difficulty")
-    for colour, runs in zip(probes.COLOURS, groups.values()):
-        for run in runs:
-            change = probes.score_change(run, metrics["block"])
-            d.plot(change, probes.at_least(metrics, run), "o", color=colour, mfc=probes.face(run, colour))
-    d.axvline(0, color="grey", ls="--", lw=1)
-    d.set(title="(d) Do long plateaus go with a damaged component?", xlabel="weights score, end minus start",
-          ylabel="plateau length in steps", ylim=0)  # fmt: skip
+    if len(metrics["lr"]) > 2:
+        draw_race(d, metrics)
+    else:
+        for colour, runs in zip(probes.COLOURS, groups.values()):
+            for run in runs:
+                change = probes.score_change(run, metrics["block"])
+                d.plot(change, probes.at_least(metrics, run), "o", color=colour, mfc=probes.face(run, colour))
+        d.axvline(0, color="grey", ls="--", lw=1)
+        d.set(title="(d) Do long plateaus go with a damaged component?", xlabel="weights score, end minus start",
+              ylabel="plateau length in steps", ylim=0)  # fmt: skip
     if metrics["example"]:
         figure.set_figheight(10)
         figure.get_layout_engine().set(rect=(0, 0.21, 1, 0.79))
         draw_context(figure.add_axes((0.67, 0.05, 0.32, 0.12)), metrics, groups)
         draw_example(figure.add_axes((0.01, 0.0, 0.6, 0.19)), metrics["example"])
     probes.save_figure(figure, out)
+
+
+def draw_race(ax, metrics: dict) -> None:
+    """Two times of the hardest baselines against the rate: which comes first decides whether a run is damaged."""
+    last, rates = metrics["runs"][-1]["difficulty"], sorted(metrics["lr"])
+    left = lambda run: run["plateau_length"] or math.inf
+    doubled = lambda run: next((step for step, by_block in zip(metrics["probe_steps"], run["spread"])
+                                if (by_block[-1] or 0) > 2 * run["spread"][0][-1]), math.inf)  # fmt: skip
+    for time, colour, label in ((left, "black", "the plateau is left"), (doubled, "tab:red", "the spread has doubled")):
+        runs = [run for run in metrics["runs"] if run["arm"] == "baseline" and run["difficulty"] == last]
+        for run in runs:  # open: not within the budget
+            shown, fill = (time(run), colour) if time(run) < math.inf else (metrics["steps"][-1], "none")
+            ax.plot(run["lr"] * (0.97 if time is left else 1.03), shown, "o", color=colour, mfc=fill, ms=4)
+        medians = [np.median([time(run) for run in runs if run["lr"] == lr]) for lr in rates]
+        ax.plot(rates, medians, color=colour, label=label)
+    ax.set(
+        title="(d) The race", xlabel="learning rate", ylabel="steps until (open: not yet)", xscale="log", yscale="log"
+    )
+    ax.set_xticks(rates, map(probes.rate, rates), minor=False)
+    ax.set_yticks([50, 100, 200, 500, 1000, 2000, 5000], minor=False)
+    ax.yaxis.set_major_formatter("{x:,.0f}")
+    ax.minorticks_off()
+    ax.set_ylim(40, 1.2 * metrics["steps"][-1])
+    ax.legend(fontsize=8)
 
 
 def draw_context(ax, metrics: dict, groups: dict) -> None:

@@ -564,7 +564,9 @@ def replot(args, plot) -> None:
         say(report(metrics))
         plot(metrics, args.out)
     except Exception as error:  # whatever somebody wrote there, or a mistake in a plot of one's own
-        raise UsageError(f"--replot: {path} is not of this script, or plot has a mistake ({error!r})") from None
+        raise UsageError(
+            f"--replot: {path} is not of this script, or plot has a mistake ({repr(error)[:99]})"
+        ) from None
 
 
 def run(main) -> None:
@@ -646,10 +648,14 @@ def save_figure(figure: Figure, out: str) -> None:
 def main() -> None:
     print("# Results, made by `python probes.py assets/*.json > assets/results.md`")
     for path in map(Path, sys.argv[1:]):
-        metrics = json.loads(path.read_text())
-        figure = f"![]({path.stem}.png)\n\n" if path.with_suffix(".png").exists() else ""
-        about = f"`{metrics['command']}` {metrics.get('note', '')}".strip()
-        print(f"\n## {path.stem}\n\n{about}\n\n{figure}{report(metrics)}")
+        try:
+            metrics = json.loads(path.read_text())
+            text = f"`{metrics['command']}` {metrics.get('note', '')}".strip() + "\n\n"
+            text += f"![]({path.stem}.png)\n\n" if path.with_suffix(".png").exists() else ""
+            text += report(metrics)
+        except Exception as error:  # whatever somebody wrote there
+            raise UsageError(f"{path}: is not a metrics.json of these scripts ({repr(error)[:60]})") from None
+        print(f"\n## {path.stem}\n\n{text}")
 
 
 if __name__ == "__main__":

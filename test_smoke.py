@@ -600,6 +600,8 @@ SIZE = "--steps 12 --batch 4 --n-layer 2 --n-head 2 --d-model 16 --seeds 2 --lr 
 SMALL = f"{SIZE} --pairs 4 --factors 3 3 2 2 1 1 --ask floor_hue wall_hue --code-width 12 --sequences 0"
 EACH = {
     "exp_plateau.py": f"{SMALL} --difficulty 2 inf",
+    "exp_plateau.py --change rescaled swapped": f"{SMALL} --difficulty 2 --lr 1e-3 2e-3",
+    "exp_plateau.py --no-oracle": f"{SMALL} --difficulty 2 --lr 1e-3 2e-3 4e-3",
     "exp_warmup.py": f"{SMALL} --switch 0 5",
     "exp_mixture.py": f"{SMALL} --mix easy unrelated",
     "exp_aux_loss.py": f"{SMALL} --sequences 64 --loss none weights context shuffled norm decay clip weights+norm",
@@ -788,9 +790,11 @@ def test_the_environment_is_not_believed_and_a_closed_output_ends_nothing(tmp_pa
     "plateau --difficulty 1.5", "plateau --difficulty 1000000", "plateau --factors 4 4 4 4 5 1", "plateau --n-head 3",
     "plateau --ask orientation", "plateau --device cuda:77", "plateau --lr nan", "plateau --resume", "plateau --replot",
     "plateau --sequences 3", "plateau --out requirements.txt/x", "plateau --embedding nowhere.npz",
-    "plateau --difficulty 1 --ask floor_hue", "plateau --pairs 2", "warmup --switch 12",
+    "plateau --difficulty 1 --ask floor_hue", "plateau --pairs 2", "plateau --at 12 --change fresh",
+    "plateau --change swapped", "warmup --switch 12",
     "warmup --warmup-difficulty inf --switch 5", "mixture --fraction 0.3", "aux_loss --loss magic",
-    "aux_loss --loss weights:0.1+weights:1", "aux_loss --ask floor_hue --loss context",
+    "aux_loss --loss weights:0.1+weights:1", "aux_loss --read-block 3", "aux_loss --read-factors shape",
+    "aux_loss --ask floor_hue --loss context",
 ])  # fmt: skip
 def test_wrong_input_ends_in_one_line_that_names_the_flag_and_leaves_nothing_behind(command, tmp_path):
     script, flags = command.split(" ", 1)
@@ -799,7 +803,7 @@ def test_wrong_input_ends_in_one_line_that_names_the_flag_and_leaves_nothing_beh
 
 
 @pytest.mark.parametrize("device", ["meta", *["cuda"] * torch.cuda.is_available()])
-@pytest.mark.parametrize("command", [command for command in EACH if "nlp" not in command])
+@pytest.mark.parametrize("command", [c for c in EACH if "nlp" not in c and "change" not in c])
 def test_a_training_step_never_asks_its_device_for_a_number(command, device, tmp_path, monkeypatch):
     """Tensors on meta have no values: what a step would fetch from a GPU or leave on the CPU fails. A GPU refuses."""
     refuse = torch.cuda.set_sync_debug_mode if device == "cuda" else str
@@ -821,6 +825,9 @@ def test_results_are_made_by_the_command_and_hold_every_number_of_the_readmes_ta
     probes.main()
     results = (HERE / "assets" / "results.md").read_text()
     assert capsys.readouterr().out == results
+    monkeypatch.setattr(sys, "argv", ["probes.py", str(HERE / "README.md")])
+    with pytest.raises(UsageError, match="README.md: is not a metrics.json"):
+        probes.main()
     verdicts = re.findall(r"^\| \d+ \|(.*)\|$", README, re.M)
     numbers = {number for line in verdicts for number in re.findall(r"(?<![\w.`-])\d[\d,.]*\d(?![\w`])", line)}
     assert len(verdicts) == 10 and len(numbers) > 5 and not {number for number in numbers if number not in results}
