@@ -7,7 +7,7 @@
 
 A sequence text_1 label_1 ... text_n label_n asks for one attribute of the texts (tense, kind of the subject ...), whose
 values it permutes to labels by one of m mappings. Arms: baseline; warmup: --switch steps on one fixed mapping; mixture:
---fraction of every batch on it; weights, context, norm: the extra losses of exp_aux_loss.py.
+--fraction of every batch on it; weights, context, alike, norm: the losses of exp_aux_loss.py.
 """
 
 import math
@@ -21,13 +21,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads tha
 
 import numpy as np
 import torch
-from einops import rearrange
+from torch.nn import functional as F
 
 import probes
 from model import GPT, Adam, Config, Linear, compile_blocks, pick_device
 from tasks import Items, UsageError, mapping_counts, parse_difficulty, sequence_numbers
 
-ARMS, FOUR = "baseline warmup mixture weights context norm".split(), "baseline weights context norm".split()
+ARMS, FOUR = "baseline warmup mixture weights alike context norm".split(), "baseline weights alike context".split()
 PAD, UNKNOWN, STOP, FIRST = range(4)  # every text ends in STOP, where its label is predicted; words from FIRST on
 SCALES = {
     "laptop": dict(arm=FOUR[:3], difficulty=[4], lr=[2e-3], steps=1000, batch=24, pairs=6, n_layer=3, n_head=2,
@@ -98,10 +98,10 @@ def main():
     world = wordselect(args, device) if args.text == "wordselect" else texts(args, device)
     if world.n_asked == 1 and "context" in args.arm:
         raise UsageError("--ask: one asked attribute leaves the context loss nothing to read; ask two or drop that arm")
-    size = dict(weights=args.weight, context=args.weight, norm=args.norm_weight, warmup=args.switch,
+    size = dict(weights=args.weight, context=args.weight, alike=1.0, norm=args.norm_weight, warmup=args.switch,
                 mixture=round(args.fraction * args.batch))  # fmt: skip
     size = [[size[arm] if run["arm"] == arm else 0 for run in runs] for arm in size]
-    weights, context, norm, switch, rows = torch.tensor(size, device=device)  # (r,) each
+    weights, context, alike, norm, switch, rows = torch.tensor(size, device=device)  # (r,) each
     mixed = torch.arange(args.batch, device=device) < rows[:, None]  # (r, b): the first sequences of a batch are easy
     seeds = [run["seed"] for run in runs]
     seed, target = torch.tensor(seeds, device=device), mapping_counts([run["difficulty"] for run in runs], device)
@@ -121,11 +121,14 @@ def main():
         batch = world.sample(seed, m, sequence_numbers(seed, step, args.batch), args.pairs)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             logits, states = model(batch.x, batch.y, hidden=True)  # states: after each block, (r, b, tokens, d)
-            guess = model.extra(model.norm(rearrange(model.at_x(states[-1]), "r b n d -> r (b n) d")))
-        value, asked = rearrange(guess, "r (b n) o -> r b n o", b=args.batch).split([world.n_value, world.n_asked], -1)
+            at_x = model.at_x(states[-1]).flatten(1, 2)  # (r, b * n, d)
+            guess = model.extra(model.norm(at_x)).unflatten(1, (args.batch, args.pairs))
+        value, asked = guess.split([world.n_value, world.n_asked], -1)
         loss = world.loss(logits, batch).mean((1, 2))  # (r,), one mean per run
         loss = loss + weights * world.value_loss(value, batch.values).mean((1, 2))
         loss = loss + context * world.asked_loss(asked, batch).mean((1, 2))
+        unit = F.normalize(at_x.float(), dim=-1)
+        loss = loss + alike * (unit.mT @ unit / unit.shape[1]).square().sum((1, 2))
         loss = loss + norm * torch.stack([h.square().mean((1, 2, 3)) for h in states]).mean(0)
         loss.sum().backward()  # nothing crosses the run axis: the sum's gradient is each run's own
         optimizer.step()

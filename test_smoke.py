@@ -607,7 +607,7 @@ EACH = {
     "exp_aux_loss.py": f"{SMALL} --sequences 64 --loss none weights context shuffled norm decay clip weights+norm",
     "exp_plateau.py --task linear": f"{SIZE} --difficulty 2 3 --pairs 7 --noise 0.1",
     "exp_aux_loss.py --task linear": f"{SIZE} --difficulty 2 3 --pairs 7 --loss none weights context shuffled norm",
-    "exp_nlp.py": f"{SIZE} --texts 1500 --switch 5 --arm baseline warmup mixture weights context norm",
+    "exp_nlp.py": f"{SIZE} --texts 1500 --switch 5 --arm baseline warmup mixture weights context alike norm",
     "exp_nlp.py --text wordselect": f"{SIZE} --texts 1500",
 }
 
