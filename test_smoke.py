@@ -98,16 +98,6 @@ def test_gpt_equals_slow_gpt2(words, mixing):
     torch.testing.assert_close(model(x[:, :, :1], mixing=mixing), got[:, :, :1])  # a prompt of one item and no label
 
 
-def test_attention_is_causal():
-    model, (x, y, _) = disturbed(GPT(Config(**TINY), [0])), tiny_batch(1)
-    other_y, other_x = y.clone(), x.clone()
-    other_y[:, :, 1] = 1 - other_y[:, :, 1]
-    other_x[:, :, 2] += 1  # pair 2, so predictions 0 and 1 may not notice
-    a, b, c = model(x, y), model(x, other_y), model(other_x, y)
-    assert torch.equal(a[:, :, :2], b[:, :, :2]) and torch.equal(a[:, :, :2], c[:, :, :2])
-    assert not torch.allclose(a[:, :, 2:], b[:, :, 2:]) and not torch.allclose(a[:, :, 3], c[:, :, 3])
-
-
 def train(world, seeds: list, every_m: list, rates, pairs: int = 4, extra=None) -> GPT:
     """By hand, one step for every m (r,) or (r, b). extra(model, states of each block, batch) is added to the loss."""
     model, seed = GPT(Config(**world.inputs, n_pair=pairs, n_layer=2, n_head=2, d_model=16), seeds), torch.tensor(seeds)
