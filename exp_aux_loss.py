@@ -11,8 +11,8 @@ Total loss = label loss + weight x extra loss, which is read from the final laye
   previous  the values of x_(i-1) instead          labels    the values of x_i, read at its label
   shuffled  the values of another, fixed image: the same load, no information about the factors
   context   which factor the sequence asks for, at every x
-  alike     mean squared cosine between the states of any two x; needs no labels. States that are alike in one direction
-            or in all swamp what tells inputs apart; at 1 / d_model they use all directions evenly
+  alike     mean squared cosine between the states of two x (the frame potential of Benedetto & Fickus 2003): 1 where
+            they share one direction, 1 / d_model where they use all evenly; knows nothing of factors, needs no labels
   norm      mean square of the residual stream after each block; needs no labels
 In regression: weights = x_i itself (squared error / d), context = the hidden w, shuffled = the x_i of another sequence.
 Cheap explanations, as further arms: decay (decoupled weight decay), clip (gradient norm), epsilon (Adam's).
