@@ -8,7 +8,16 @@
 Runs = difficulties x learning rates x seeds, trained in one program; and at the hardest difficulty the oracle: the same
 task for a network that sees the clean factor values, so that its weights component is perfect from step 0. What it
 needs to leave the plateau is the context component's own time.
-Changes: see `change`. Writes metrics.json, figure.png and checkpoint.pt to --out.
+Writes metrics.json, figure.png and checkpoint.pt to --out.
+
+Changes at step --at, each an arm of the hardest difficulty:
+  fresh      Adam starts afresh, nothing else: the control of the last three
+  slower     a quarter of the rate
+  rescaled   all weights that write to the residual stream are scaled until the spread of the states is that of step 0;
+             the network computes the same as before, since every block reads through a LayerNorm
+  projected  these weights lose the direction in which the states vary most; a fresh Adam
+  reset      read-in and first block back to step 0; a fresh Adam
+  swapped    read-in and first block of the baseline with the other of two rates and the same seed; a fresh Adam
 """
 
 import math
@@ -52,8 +61,8 @@ def parse_args():
     add("--task", choices=("shapes", "linear"), default="shapes", help="images, or linear regression")
     add("--noise", type=between(0, 1e6, float), default=0.0, help="linear: deviation of y")
     add("--no-oracle", action="store_true", help="shapes: leave out the oracle")
-    add("--change", choices=CHANGES, nargs="+", default=[], help="arms of the hardest difficulty, each changed once")
-    add("--at", type=between(0, 1e8), help="the step of the change; default half of --steps")
+    add("--change", choices=CHANGES, nargs="+", default=[], help="arms that are changed once, see above")
+    add("--at", type=between(0, 1e8), help="the step of the changes, else half of --steps")
     add("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, inf = always fresh; linear: d")
     add("--lr", type=between(1e-9, 1e9, float), nargs="+", help="Adam's; the first is common, all for an arm's best")
     add("--steps", type=between(1, 1e8), help="training steps, the budget")
@@ -124,39 +133,32 @@ def main():
 
 @torch.no_grad()
 def change(runs: list[dict], model: GPT, start: GPT, optimizer: Adam, x: torch.Tensor) -> None:
-    """Change the arms of --change in place. start: the model at step 0; x (r, i, 1, d): inputs without context.
-
-    fresh      Adam starts afresh, nothing else: the control of `reset` and `swapped`
-    slower     a quarter of the rate
-    rescaled   all weights that write to the residual stream shrink until the spread of the states is that of step 0;
-               the network computes the same as before, since every block reads through a LayerNorm
-    projected  these weights lose the direction in which the states vary most
-    reset      read-in and first block back to step 0, with a fresh Adam
-    swapped    read-in and first block of the baseline with the other rate and the same seed, with a fresh Adam
-    """
+    """Change the arms of --change in place. start: the model at step 0; x (r, i, 1, d): inputs without context."""
     now, then = (probes.states(net, x)[:, -1] for net in (model, start))  # (r, i, d), after the last block
-    shrink = (then.var(1).sum(-1) / now.var(1).sum(-1)).sqrt()
-    direction = torch.linalg.svd(now - now.mean(1, keepdim=True), full_matrices=False).Vh[:, 0]
+    scale = (then.var(1).sum(-1) / now.var(1).sum(-1)).sqrt()
     names, values = zip(*model.named_parameters())
-    writing = [p for name, p in zip(names, values) if re.match(r"read_in|position|blocks.*_out", name)]
+    writing = [i for i, name in enumerate(names) if re.match(r"read_in|position|blocks.*_out", name)]
     first = [i for i, name in enumerate(names) if name.startswith(("read_in", "blocks.0."))]
     for r, run in enumerate(runs):
-        arm = run["arm"]
-        source, donor = list(start.parameters()), r
+        arm, source, donor = run["arm"], list(start.parameters()), r
         if arm == "swapped":
             same = lambda other: other["arm"] == "baseline" and all(other[k] == run[k] for k in ("seed", "difficulty"))
             source, donor = values, next(i for i, o in enumerate(runs) if same(o) and o["lr"] != run["lr"])
-        if arm == "slower":
-            optimizer.lr[r] /= 4
-        for p in writing:
-            if arm == "rescaled":
-                p[r] *= shrink[r]
-            if arm == "projected":
-                p[r] -= (p[r] @ direction[r])[..., None] * direction[r]
         if arm in ("reset", "swapped"):
             for i in first:
                 values[i][r] = source[i][donor]
-        if arm in ("fresh", "reset", "swapped"):
+        if arm == "projected":
+            direction = torch.linalg.eigh(now[r].double().T.cov()).eigenvectors[:, -1].float()
+            for i in writing:
+                values[i][r] -= (values[i][r] @ direction)[..., None] * direction
+        if arm == "rescaled":  # Adam's moments of a gradient that is now larger, so that its steps stay what they were
+            for i in writing:
+                values[i][r] *= scale[r]
+                optimizer.mean[i][r] /= scale[r]
+                optimizer.square[i][r] /= scale[r] ** 2
+        if arm == "slower":
+            optimizer.lr[r] /= 4
+        if arm in ("fresh", "projected", "reset", "swapped"):
             for state in (*optimizer.mean, *optimizer.square, optimizer.count):
                 state[r] = 0
 
@@ -190,15 +192,16 @@ def plot(metrics: dict, out: str) -> None:
 
 
 def draw_race(ax, metrics: dict) -> None:
-    """Two times of the hardest baselines against the rate: which comes first decides whether a run is damaged."""
-    last, rates = metrics["runs"][-1]["difficulty"], sorted(metrics["lr"])
-    left = lambda run: run["plateau_length"] or math.inf
-    doubled = lambda run: next((step for step, by_block in zip(metrics["probe_steps"], run["spread"])
+    """Two times of the hardest baselines against the rate, both seen when states are probed (--probes): which comes
+    first decides whether a run is damaged."""
+    last, rates, steps = metrics["runs"][-1]["difficulty"], sorted(metrics["lr"]), metrics["probe_steps"]
+    left = lambda run: next((step for step in steps if step >= (run["plateau_length"] or math.inf)), math.inf)
+    doubled = lambda run: next((step for step, by_block in zip(steps, run["spread"])
                                 if (by_block[-1] or 0) > 2 * run["spread"][0][-1]), math.inf)  # fmt: skip
     for time, colour, label in ((left, "black", "the plateau is left"), (doubled, "tab:red", "the spread has doubled")):
         runs = [run for run in metrics["runs"] if run["arm"] == "baseline" and run["difficulty"] == last]
         for run in runs:  # open: not within the budget
-            shown, fill = (time(run), colour) if time(run) < math.inf else (metrics["steps"][-1], "none")
+            shown, fill = (time(run), colour) if time(run) < math.inf else (steps[-1], "none")
             ax.plot(run["lr"] * (0.97 if time is left else 1.03), shown, "o", color=colour, mfc=fill, ms=4)
         medians = [np.median([time(run) for run in runs if run["lr"] == lr]) for lr in rates]
         ax.plot(rates, medians, color=colour, label=label)
@@ -206,10 +209,11 @@ def draw_race(ax, metrics: dict) -> None:
         title="(d) The race", xlabel="learning rate", ylabel="steps until (open: not yet)", xscale="log", yscale="log"
     )
     ax.set_xticks(rates, map(probes.rate, rates), minor=False)
-    ax.set_yticks([50, 100, 200, 500, 1000, 2000, 5000], minor=False)
+    ax.set_yticks(
+        [10**k * n for k in range(1, 6) for n in (1, 2, 5) if steps[1] <= 10**k * n <= steps[-1]], minor=False
+    )
     ax.yaxis.set_major_formatter("{x:,.0f}")
     ax.minorticks_off()
-    ax.set_ylim(40, 1.2 * metrics["steps"][-1])
     ax.legend(fontsize=8)
 
 

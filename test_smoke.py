@@ -164,21 +164,33 @@ def test_changes_do_what_they_say_and_spare_the_others():
     for state in moments:
         state += 1
     exp_plateau.change(runs, model, start, optimizer, x[:, :, :1])
-    spread, spread_0 = (probes.geometry(probes.states(net, x[:, :, :1]))["spread"][:, -1] for net in (model, start))
+    alone = probes.states(before, x[:, :, :1])[:, -1]
+    spread, spread_0, spread_1 = (probes.geometry(probes.states(net, x[:, :, :1]))["spread"][:, -1]
+                                  for net in (model, start, before))  # fmt: skip
+    state, state_0 = (probes.states(net, x, y)[:, -1] for net in (model, before))
     for r, arm in enumerate(run["arm"] for run in runs):
-        fresh, moved = arm in ("fresh", "reset", "swapped"), arm in ("reset", "swapped")
-        assert all((state[r] == 1 - fresh).all() for state in moments)
+        fresh, moved = arm in ("fresh", "projected", "reset", "swapped"), arm in ("reset", "swapped")
+        if arm != "rescaled":
+            assert all((moment[r] == 1 - fresh).all() for moment in moments)
         assert optimizer.lr[r] == (0.25 if arm == "slower" else 1.0)
         for (name, now), then, own in zip(model.named_parameters(), start.parameters(), before.parameters()):
+            written = "read_in" in name or "position" in name or "_out" in name and "read" not in name
             if moved and name.startswith(("read_in", "blocks.0.")):
                 assert torch.equal(now[r], then[r] if arm == "reset" else own[1 - r % 2])
-            elif arm not in ("rescaled", "projected"):
-                assert torch.equal(now[r], own[r])
-        if arm == "rescaled":  # what it computes stays, up to the LayerNorm's epsilon
+            else:
+                assert torch.equal(now[r], own[r]) or written and arm in ("rescaled", "projected")
+        if arm == "rescaled":  # what it computes stays, up to the LayerNorm's epsilon, and so do Adam's steps
             torch.testing.assert_close(spread[r], spread_0[r], atol=0, rtol=1e-3)
             torch.testing.assert_close(model(x, y)[r], before(x, y)[r], atol=1e-3, rtol=1e-3)
-        if arm == "projected":  # one direction of the states is gone
-            assert np.linalg.matrix_rank(probes.states(model, x, y)[r, -1], tol=1e-4) == TINY["d_model"] - 1
+            for mean, square in zip(optimizer.mean, optimizer.square):
+                torch.testing.assert_close(mean[r], square[r].sqrt())
+            torch.testing.assert_close(
+                optimizer.mean[0][r].mean(), (spread_1[r] / spread_0[r]).float(), atol=0, rtol=1e-3
+            )
+        if arm == "projected":  # the direction in which x by itself varies most is gone, and no other
+            top = torch.linalg.svd(alone[r] - alone[r].mean(0)).Vh[0]
+            assert (state[r] @ top).abs().max() < 1e-4 < 1 < (state_0[r] @ top).abs().max()
+            assert np.linalg.matrix_rank(state[r], tol=1e-4) == TINY["d_model"] - 1
 
 
 def test_one_compilation_serves_every_layer_and_no_measure(monkeypatch):
