@@ -1,4 +1,4 @@
-"""Extra losses on the plateau (claim 7; the paper's Fig. 5C), controls that could explain them away, our own `norm`.
+"""Extra losses on the plateau (claim 7; the paper's Fig. 5C), controls, and two of our own without labels.
 
     python exp_aux_loss.py                                            hardest task, laptop scale
     python exp_aux_loss.py --loss none weights:0.1 weights:1 norm     a weight after the colon
@@ -100,6 +100,8 @@ def parse_arm(text: str) -> str:
         if name not in WEIGHTS or name in parts:
             raise argparse.ArgumentTypeError(f"{part!r} must be one of {', '.join(WEIGHTS)}, each once; or none alone")
         parts[name] = probes.between(1e-9, 1e5, float)(weight) if colon else WEIGHTS[name]
+    if len(parts.keys() & {"weights", "previous", "labels", "shuffled"}) > 1:
+        raise argparse.ArgumentTypeError(f"{text}: weights, previous, labels, shuffled share one read-out; give one")
     return "+".join(f"{name}:{weight:g}" for name, weight in parts.items()) or "baseline"
 
 
@@ -145,7 +147,7 @@ def main():
         unit = F.normalize(at_x.float().flatten(1, 2), dim=-1)
         losses = dict(
             weights=world.value_loss(value, batch.values),
-            previous=world.value_loss(value, batch.values.roll(1, 2)),
+            previous=world.value_loss(value[:, :, 1:], batch.values[:, :, :-1]),
             labels=world.value_loss(guess_at_label[..., : world.n_value], batch.values),
             shuffled=world.value_loss(value, world.other_values(batch)),
             context=world.asked_loss(which, batch),

@@ -60,7 +60,7 @@ def parse_args():
     source.add_argument("--text", choices=("grammar", "wordselect"), default="grammar", help="made here")
     source.add_argument("--conllu", nargs="+", default=[], help="treebank files; attributes from the annotation")
     source.add_argument("--tsv", help="tab-separated table with a header; column text, every other one an attribute")
-    add("--arm", choices=FOUR if select else ARMS, nargs="+", help="strategies to compare")
+    add("--arm", choices=[*FOUR, "norm"] if select else ARMS, nargs="+", help="strategies to compare")
     add("--weight", type=between(0, 1e5, float), help="of the weights and context losses")
     add("--norm-weight", type=between(0, 1e5, float), default=0.01, help="of the norm loss")
     add("--texts", type=between(100, 1e6), default=20_000, help="how many the grammar or word selection makes")

@@ -195,7 +195,8 @@ def draw_race(ax, metrics: dict) -> None:
     """Two times of the hardest baselines against the rate, both seen when states are probed (--probes): which comes
     first decides whether a run is damaged."""
     last, rates, steps = metrics["runs"][-1]["difficulty"], sorted(metrics["lr"]), metrics["probe_steps"]
-    left = lambda run: next((step for step in steps if step >= (run["plateau_length"] or math.inf)), math.inf)
+    length = lambda run: math.inf if run["plateau_length"] is None else run["plateau_length"]
+    left = lambda run: next((step for step in steps if step >= length(run)), math.inf)
     doubled = lambda run: next((step for step, by_block in zip(steps, run["spread"])
                                 if (by_block[-1] or 0) > 2 * run["spread"][0][-1]), math.inf)  # fmt: skip
     for time, colour, label in ((left, "black", "the plateau is left"), (doubled, "tab:red", "the spread has doubled")):

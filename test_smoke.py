@@ -745,10 +745,10 @@ def test_extra_losses_train_as_by_hand(tmp_path):
     def values_read(token, back):
         def loss(model, states, batch):
             out = 0
-            for r, b, n in product(range(2), range(4), range(4)):
+            for r, b, n in product(range(2), range(4), range(back, 4)):
                 guess = model.extra(model.norm(states[0][:, b, 2 * n + token][:, None]))[r, 0]
-                hue, shape, value = guess[:3], guess[10:14], batch.values[r, b, (n - back) % 4]
-                out = out - 0.3 * (hue.log_softmax(0)[value[0]] + shape.log_softmax(0)[value[4]]) / 2 / 16
+                hue, shape, value = guess[:3], guess[10:14], batch.values[r, b, n - back]
+                out = out - 0.3 * (hue.log_softmax(0)[value[0]] + shape.log_softmax(0)[value[4]]) / 8 / (4 - back)
             return out
 
         return loss
@@ -795,7 +795,8 @@ def test_the_environment_is_not_believed_and_a_closed_output_ends_nothing(tmp_pa
     "plateau --difficulty 1 --ask floor_hue", "plateau --pairs 2", "plateau --at 12 --change fresh",
     "plateau --change swapped", "warmup --switch 12",
     "warmup --warmup-difficulty inf --switch 5", "mixture --fraction 0.3", "aux_loss --loss magic",
-    "aux_loss --loss weights:0.1+weights:1", "aux_loss --read-block 3", "aux_loss --read-factors shape",
+    "aux_loss --loss weights:0.1+weights:1", "aux_loss --loss weights+labels",
+    "aux_loss --read-block 3", "aux_loss --read-factors shape",
     "aux_loss --ask floor_hue --loss context",
 ])  # fmt: skip
 def test_wrong_input_ends_in_one_line_that_names_the_flag_and_leaves_nothing_behind(command, tmp_path):
