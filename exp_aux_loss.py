@@ -168,7 +168,8 @@ def plot(metrics: dict, out: str) -> None:
     alike = lambda run: [by_block[-1] for by_block in run["alike"]]
     for colour, (label, runs) in zip(probes.COLOURS, groups.items()):
         probes.curves(d, metrics["probe_steps"], runs, alike, colour, label=label)
-    d.set(title="(d) How alike the states of different x are", xlabel="step", ylim=(0, 1), ylabel="mean squared cosine")
+    d.set(title="(d) How alike the states of different x are", xlabel="step", ylabel="mean squared cosine")
+    d.set(xlim=(0, metrics["steps"][-1]), ylim=(0, 1))
     d.legend(fontsize=8)
     probes.save_figure(figure, out)
 
