@@ -447,7 +447,7 @@ class Record:
             "reference": {str(run["difficulty"]): level for run, level in reversed(done)},  # the first seed's stays
             "steps": steps, "probe_steps": self.kept["probe_steps"], **more, "runs": [run for run, _ in done],
         }  # fmt: skip
-        write_aside(Path(self.args.out) / "metrics.json", (json.dumps(metrics, allow_nan=False) + "\n").encode())
+        write_aside(Path(self.args.out) / "metrics.json", (json.dumps(metrics, allow_nan=False, separators=(",", ":")) + "\n").encode())
         say("\n" + report(metrics))
         return metrics
 
