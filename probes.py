@@ -447,7 +447,8 @@ class Record:
             "reference": {str(run["difficulty"]): level for run, level in reversed(done)},  # the first seed's stays
             "steps": steps, "probe_steps": self.kept["probe_steps"], **more, "runs": [run for run, _ in done],
         }  # fmt: skip
-        write_aside(Path(self.args.out) / "metrics.json", (json.dumps(metrics, allow_nan=False, separators=(",", ":")) + "\n").encode())
+        content = json.dumps(metrics, allow_nan=False, separators=(",", ":")) + "\n"
+        write_aside(Path(self.args.out) / "metrics.json", content.encode())
         say("\n" + report(metrics))
         return metrics
 
@@ -624,7 +625,8 @@ def draw(metrics: dict, by: str = "arm"):
     for value, text in ((level["no_context_loss"], "best without context"), (level["bayes_loss"], "exact Bayes"),
                         (ESCAPE * level["no_context_loss"], "below: the plateau is over")):  # fmt: skip
         a.axhline(value, color="grey", ls="--", lw=1)
-        a.text(0.01 * steps[-1], value, text, va="bottom", fontsize=8)
+        whose = f" ({metrics['symbol']} = {last})" if by == "difficulty" else ""
+        a.text(0.01 * steps[-1], value, text + whose, va="bottom", fontsize=8)
     start = [run["weights_score"][0][block] for runs in groups.values() for run in runs if run["arm"] != "oracle"]
     b.axhline(statistics.median(start), color="grey", ls="--", lw=1)
     what = " (error)" if metrics["error"] else ""
