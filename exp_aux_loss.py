@@ -11,8 +11,7 @@ Total loss = label loss + weight x extra loss, which is read from the final laye
   previous  the values of x_(i-1) instead          labels    the values of x_i, read at its label
   shuffled  the values of another, fixed image: the same load, no information about the factors
   context   which factor the sequence asks for, at every x
-  alike     mean squared cosine between the states of two x (the frame potential of Benedetto & Fickus 2003): 1 where
-            they share one direction, 1 / d_model where they use all evenly; knows nothing of factors, needs no labels
+  alike     mean squared cosine between the states of two x (probes.alike); knows nothing of factors, needs no labels
   norm      mean square of the residual stream after each block; needs no labels
 In regression: weights = x_i itself (squared error / d), context = the hidden w, shuffled = the x_i of another sequence.
 Cheap explanations, as further arms: decay (decoupled weight decay), clip (gradient norm), epsilon (Adam's).
@@ -26,7 +25,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait sleep
 
 import torch
-from torch.nn import functional as F
 
 import probes
 from model import GPT, Adam, Config, Linear, compile_blocks, pick_device
@@ -144,19 +142,18 @@ def main():
                 model.extra(model.norm(h.flatten(1, 2))).unflatten(1, h.shape[1:3]) for h in (at_x, at_label)
             )
         value, which = guess.split([world.n_value, world.n_asked], -1)
-        unit = F.normalize(at_x.float().flatten(1, 2), dim=-1)
         losses = dict(
             weights=world.value_loss(value, batch.values),
             previous=world.value_loss(value[:, :, 1:], batch.values[:, :, :-1]),
             labels=world.value_loss(guess_at_label[..., : world.n_value], batch.values),
             shuffled=world.value_loss(value, world.other_values(batch)),
             context=world.asked_loss(which, batch),
-            alike=(unit.mT @ unit / unit.shape[1]).square().sum((1, 2), keepdim=True),  # as of all pairs, and cheaper
-            norm=torch.stack([h.square().mean((1, 2, 3), keepdim=True)[..., 0] for h in states]).mean(0),
-        )  # (r, b, n) or one per run
+            alike=probes.alike(at_x.flatten(1, 2).float())[:, None],
+            norm=torch.stack([h.square().mean((1, 2, 3)) for h in states]).mean(0)[:, None],
+        )  # (r, b, n), or one per run
         loss = world.loss(logits, batch).mean((1, 2))  # (r,), one mean per run
         for name, extra_loss in losses.items():
-            loss = loss + weight[name] * extra_loss.mean((1, 2))
+            loss = loss + weight[name] * extra_loss.flatten(1).mean(1)
         loss.sum().backward()  # nothing crosses the run axis: the sum's gradient is each run's own
         optimizer.step()
 

@@ -21,7 +21,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads tha
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 import probes
 from model import GPT, Adam, Config, Linear, compile_blocks, pick_device
@@ -127,8 +126,7 @@ def main():
         loss = world.loss(logits, batch).mean((1, 2))  # (r,), one mean per run
         loss = loss + weights * world.value_loss(value, batch.values).mean((1, 2))
         loss = loss + context * world.asked_loss(asked, batch).mean((1, 2))
-        unit = F.normalize(at_x.float(), dim=-1)
-        loss = loss + alike * (unit.mT @ unit / unit.shape[1]).square().sum((1, 2))
+        loss = loss + alike * probes.alike(at_x.float())
         loss = loss + norm * torch.stack([h.square().mean((1, 2, 3)) for h in states]).mean(0)
         loss.sum().backward()  # nothing crosses the run axis: the sum's gradient is each run's own
         optimizer.step()

@@ -134,8 +134,8 @@ def main():
 @torch.no_grad()
 def change(runs: list[dict], model: GPT, start: GPT, optimizer: Adam, x: torch.Tensor) -> None:
     """Change the arms of --change in place. start: the model at step 0; x (r, i, 1, d): inputs without context."""
-    now, then = (probes.states(net, x)[:, -1] for net in (model, start))  # (r, i, d), after the last block
-    scale = (then.var(1).sum(-1) / now.var(1).sum(-1)).sqrt()
+    now, then = (probes.states(net, x)[:, -1:] for net in (model, start))  # (r, 1, i, d), after the last block
+    scale = (probes.geometry(then)["spread"] / probes.geometry(now)["spread"])[:, 0]
     names, values = zip(*model.named_parameters())
     writing = [i for i, name in enumerate(names) if re.match(r"read_in|position|blocks.*_out", name)]
     first = [i for i, name in enumerate(names) if name.startswith(("read_in", "blocks.0."))]
@@ -148,7 +148,7 @@ def change(runs: list[dict], model: GPT, start: GPT, optimizer: Adam, x: torch.T
             for i in first:
                 values[i][r] = source[i][donor]
         if arm == "projected":
-            direction = torch.linalg.eigh(now[r].double().T.cov()).eigenvectors[:, -1].float()
+            direction = torch.linalg.eigh(now[r, 0].double().T.cov()).eigenvectors[:, -1].float()
             for i in writing:
                 values[i][r] -= (values[i][r] @ direction)[..., None] * direction
         if arm == "rescaled":  # Adam's moments of a gradient that is now larger, so that its steps stay what they were
@@ -195,16 +195,17 @@ def draw_race(ax, metrics: dict) -> None:
     """Two times of the hardest baselines against the rate, both seen when states are probed (--probes): which comes
     first decides whether a run is damaged."""
     last, rates, steps = metrics["runs"][-1]["difficulty"], sorted(metrics["lr"]), metrics["probe_steps"]
-    length = lambda run: math.inf if run["plateau_length"] is None else run["plateau_length"]
-    left = lambda run: next((step for step in steps if step >= length(run)), math.inf)
-    doubled = lambda run: next((step for step, by_block in zip(steps, run["spread"])
-                                if (by_block[-1] or 0) > 2 * run["spread"][0][-1]), math.inf)  # fmt: skip
-    for time, colour, label in ((left, "black", "the plateau is left"), (doubled, "tab:red", "the spread has doubled")):
-        runs = [run for run in metrics["runs"] if run["arm"] == "baseline" and run["difficulty"] == last]
-        for run in runs:  # open: not within the budget
-            shown, fill = (time(run), colour) if time(run) < math.inf else (steps[-1], "none")
-            ax.plot(run["lr"] * (0.97 if time is left else 1.03), shown, "o", color=colour, mfc=fill, ms=4)
-        medians = [np.median([time(run) for run in runs if run["lr"] == lr]) for lr in rates]
+    runs = [run for run in metrics["runs"] if run["arm"] == "baseline" and run["difficulty"] == last]
+    left = lambda run: [run["plateau_length"] is not None and step >= run["plateau_length"] for step in steps]
+    doubled = lambda run: [(by_block[-1] or 0) > 2 * run["spread"][0][-1] for by_block in run["spread"]]
+    for over, aside, colour, label in (
+        (left, 0.97, "black", "the plateau is left"), (doubled, 1.03, "tab:red", "the spread has doubled"),
+    ):  # fmt: skip
+        times = [next((step for step, yes in zip(steps, over(run)) if yes), math.inf) for run in runs]
+        for run, time in zip(runs, times):  # open: not within the budget
+            shown, fill = (time, colour) if time < math.inf else (steps[-1], "none")
+            ax.plot(run["lr"] * aside, shown, "o", color=colour, mfc=fill, ms=4)
+        medians = [np.median([time for run, time in zip(runs, times) if run["lr"] == lr]) for lr in rates]
         ax.plot(rates, medians, color=colour, label=label)
     ax.set(
         title="(d) The race", xlabel="learning rate", ylabel="steps until (open: not yet)", xscale="log", yscale="log"

@@ -129,19 +129,23 @@ def states(model, x: torch.Tensor, y: torch.Tensor | None = None, mixing: str = 
     return torch.cat(out, 2).nan_to_num(0, 0, 0)
 
 
+def alike(state: torch.Tensor) -> torch.Tensor:
+    """Mean squared cosine of two states (..., i, d) -> (...): 1 / d where they use all directions evenly, 1 where they
+    share one (the frame potential of Benedetto & Fickus 2003)."""
+    unit = F.normalize(state, dim=-1)
+    return (unit.mT @ unit / state.shape[-2]).square().sum((-2, -1))  # as of all pairs, and cheaper
+
+
 def geometry(state: torch.Tensor) -> dict[str, torch.Tensor]:
     """Of states (r, k, i, d), each (r, k): spread, share of the variance in the first direction, mean cosine of two
-    states, and alike, its mean square: 1 / d where they use all directions evenly, 1 where they share one."""
-    n, centred, unit = (
-        state.shape[2],
-        (state - state.mean(2, keepdim=True)).double(),
-        F.normalize(state.double(), dim=-1),
-    )
+    states, and its mean square."""
+    n, state = state.shape[2], state.double()
+    centred = state - state.mean(2, keepdim=True)
     variance = torch.linalg.eigvalsh(centred.mT @ centred / (n - 1)).clamp(min=0)  # ascending
-    total, cosines = variance.sum(-1), unit.sum(2).square().sum(-1)
+    total = variance.sum(-1)
     share = variance[..., -1] / total.clamp(min=1e-12)
-    alike = (unit.mT @ unit / n).square().sum((-2, -1))
-    return {"spread": total.sqrt(), "first_share": share, "cosine": (cosines - n) / (n * n - n), "alike": alike}
+    cosine = (F.normalize(state, dim=-1).sum(2).square().sum(-1) - n) / (n * n - n)
+    return {"spread": total.sqrt(), "first_share": share, "cosine": cosine, "alike": alike(state)}
 
 
 class Prober:
