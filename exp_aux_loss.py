@@ -4,6 +4,7 @@
     python exp_aux_loss.py --loss none weights:0.1 weights:1 norm     a weight after the colon
     python exp_aux_loss.py --loss none weights norm weights+norm      losses added up
     python exp_aux_loss.py --embedding onehot                         for an oracle, its weights component perfect
+    python exp_aux_loss.py --start 1000                               only from this step on, when runs are stuck
     python exp_aux_loss.py --task linear                              linear regression (claim 8)
 
 Total loss = label loss + weight x extra loss, which is read from the final layer (--read-block), with context visible:
@@ -59,6 +60,7 @@ def parse_args():
     add("--loss", type=parse_arm, nargs="+", default=["baseline", "weights:0.3", "alike:1"],
         help=f"arms: none, {', '.join(WEIGHTS)}; weights:0.3 sets a weight, weights+norm adds up")  # fmt: skip
     add("--read-block", type=between(0, 1000), default=0, help="block after which extra losses are read, 0 = the last")
+    add("--start", type=between(0, 1e8), default=0, help="step from which extra losses count: do they free stuck runs?")
     add("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, inf = always fresh; linear: d")
     add("--lr", type=between(1e-9, 1e9, float), nargs="+", help="Adam's; the first is common, all for an arm's best")
     add("--steps", type=between(1, 1e8), help="training steps, the budget")
@@ -83,8 +85,9 @@ def parse_args():
         parser.error("--difficulty: with --task linear it is a dimension; give whole numbers from 1 to 64")
     if not linear and len(args.ask) == 1 and any("context" in text for text in args.loss):
         parser.error("--ask: with one asked factor the context loss has nothing to read; ask two or leave it out")
-    if args.read_block > args.n_layer:
-        parser.error(f"--read-block {args.read_block}: there are {args.n_layer} blocks (--n-layer)")
+    for flag, value, most in ("--read-block", args.read_block, args.n_layer), ("--start", args.start, args.steps - 1):
+        if value > most:
+            parser.error(f"{flag} {value}: give at most {most}")
     if not linear and any(args.factors[FACTORS.index(name)] == 1 for name in args.read_factors or ()):
         parser.error("--read-factors: a factor of one value has nothing to read")
     return args
@@ -153,7 +156,7 @@ def main():
         )  # (r, b, n), or one per run
         loss = world.loss(logits, batch).mean((1, 2))  # (r,), one mean per run
         for name, extra_loss in losses.items():
-            loss = loss + weight[name] * extra_loss.flatten(1).mean(1)
+            loss = loss + (step >= args.start) * weight[name] * extra_loss.flatten(1).mean(1)
         loss.sum().backward()  # nothing crosses the run axis: the sum's gradient is each run's own
         optimizer.step()
 

@@ -731,7 +731,7 @@ def test_scripts_train_as_by_hand_and_arms_that_do_nothing_are_the_baseline(tmp_
 
 
 def test_extra_losses_train_as_by_hand(tmp_path):
-    run(f"exp_aux_loss.py {SMALL} --loss alike:2 norm:2 --out {tmp_path}/last")
+    run(f"exp_aux_loss.py {SMALL} --loss alike:2 norm:2 --start 3 --out {tmp_path}/last")
     run(f"exp_aux_loss.py {SMALL} --loss weights previous labels --read-block 1 --read-factors shape floor_hue "
         f"--factors 3 3 2 2 4 1 --out {tmp_path}/first")  # fmt: skip
 
@@ -753,14 +753,15 @@ def test_extra_losses_train_as_by_hand(tmp_path):
 
         return loss
 
-    for name, world, every in (
-        ("last", shapes((3, 3, 2, 2, 1, 1), FACTORS[:2], code_width=12, code_gain=2.5), (alike, norm)),
-        ("first", shapes((3, 3, 2, 2, 4, 1), FACTORS[:2], code_width=12, code_gain=2.5),
+    for name, first, world, every in (
+        ("last", 3, shapes((3, 3, 2, 2, 1, 1), FACTORS[:2], code_width=12, code_gain=2.5), (alike, norm)),
+        ("first", 0, shapes((3, 3, 2, 2, 4, 1), FACTORS[:2], code_width=12, code_gain=2.5),
          (values_read(0, 0), values_read(0, 1), values_read(1, 0))),
     ):  # fmt: skip
         for got, extra in zip(weights_of(tmp_path / name, "blocks.0.mlp_out.weight").split(2), every):
-            m = [mapping_counts([math.inf, math.inf], "cpu")] * 12
-            by_hand = train(world, [0, 1], m, 2e-3, extra=extra)
+            m, step = [mapping_counts([math.inf, math.inf], "cpu")] * 12, count()
+            late = lambda *given, extra=extra, step=step: (next(step) >= first) * extra(*given)
+            by_hand = train(world, [0, 1], m, 2e-3, extra=late)
             torch.testing.assert_close(got, by_hand.blocks[0].mlp_out.weight, atol=1e-4, rtol=0)
 
 
@@ -796,7 +797,7 @@ def test_the_environment_is_not_believed_and_a_closed_output_ends_nothing(tmp_pa
     "plateau --change swapped", "warmup --switch 12",
     "warmup --warmup-difficulty inf --switch 5", "mixture --fraction 0.3", "aux_loss --loss magic",
     "aux_loss --loss weights:0.1+weights:1", "aux_loss --loss weights+labels",
-    "aux_loss --read-block 3", "aux_loss --read-factors shape",
+    "aux_loss --read-block 3", "aux_loss --start 12", "aux_loss --read-factors shape",
     "aux_loss --ask floor_hue --loss context",
 ])  # fmt: skip
 def test_wrong_input_ends_in_one_line_that_names_the_flag_and_leaves_nothing_behind(command, tmp_path):
