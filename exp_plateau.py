@@ -64,15 +64,6 @@ def parse_args():
     add("--change", choices=CHANGES, nargs="+", default=[], help="arms that are changed once, see above")
     add("--at", type=between(0, 1e8), help="the step of the changes, else half of --steps")
     add("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, inf = always fresh; linear: d")
-    add("--lr", type=between(1e-9, 1e9, float), nargs="+", help="Adam's; the first is common, all for an arm's best")
-    add("--steps", type=between(1, 1e8), help="training steps, the budget")
-    add("--batch", type=between(1, 1e5), help="sequences per step")
-    add("--pairs", type=between(1, 512), help="(x, y) pairs per sequence")
-    add("--n-layer", type=between(1, 1000), help="blocks")
-    add("--n-head", type=between(1, 1000), help="attention heads")
-    add("--d-model", type=between(1, 1e5), help="width")
-    add("--evaluations", type=between(1, 1e8), help="points of a curve")
-    add("--probes", type=between(1, 1e8), help="times the states are probed, after the start")
     add("--sequences", type=between(0, 1e8), help="size of the training set, 0 = always fresh sequences")
     if not linear:
         add("--embedding", help="what images look like: code, pixels, vae, onehot (the oracle), or a file.npz")
@@ -207,13 +198,9 @@ def draw_race(ax, metrics: dict) -> None:
             ax.plot(run["lr"] * aside, shown, "o", color=colour, mfc=fill, ms=4)
         medians = [np.median([time for run, time in zip(runs, times) if run["lr"] == lr]) for lr in rates]
         ax.plot(rates, medians, color=colour, label=label)
-    ax.set(
-        title="(d) The race", xlabel="learning rate", ylabel="steps until (open: not yet)", xscale="log", yscale="log"
-    )
-    ax.set_xticks(rates, map(probes.rate, rates), minor=False)
-    ax.set_yticks(
-        [10**k * n for k in range(1, 6) for n in (1, 2, 5) if steps[1] <= 10**k * n <= steps[-1]], minor=False
-    )
+    ax.set(title="(d) The race", xlabel="learning rate", ylabel="steps until (open: not yet)")
+    ax.set(xscale="log", yscale="log")
+    ax.set_xticks(rates, map(probes.rate, rates))
     ax.yaxis.set_major_formatter("{x:,.0f}")
     ax.minorticks_off()
     ax.legend(fontsize=8)

@@ -517,12 +517,21 @@ def early(flag: str, default: str) -> str:
 
 
 def flags(doc: str, defaults: dict[str, dict]) -> argparse.ArgumentParser:
-    """A parser of the flags about running; a script adds its own, whose defaults {scale: {name: value}} it knows."""
+    """A parser of the flags that all scripts share; each knows their defaults {scale: {name: value}}, and its own."""
     usage = "%(prog)s [flags], explained by -h"
     parser = argparse.ArgumentParser(usage=usage, description=doc, formatter_class=Help, allow_abbrev=False)
     parser.set_defaults(**defaults.get(early("--scale", "laptop"), {}))
     add, out = parser.add_argument, "out/" + Path(sys.argv[0]).stem.removeprefix("exp_")
     add("--scale", choices=list(defaults), default="laptop", help="which defaults")
+    add("--lr", type=between(1e-9, 1e9, float), nargs="+", help="Adam's; the first is common, all for an arm's best")
+    add("--steps", type=between(1, 1e8), help="training steps, the budget")
+    add("--batch", type=between(1, 1e5), help="sequences per step")
+    add("--pairs", type=between(1, 512), help="(x, y) pairs per sequence")
+    add("--n-layer", type=between(1, 1000), help="blocks")
+    add("--n-head", type=between(1, 1000), help="attention heads")
+    add("--d-model", type=between(1, 1e5), help="width")
+    add("--evaluations", type=between(1, 1e8), help="points of a curve")
+    add("--probes", type=between(1, 1e8), help="times the states are probed, after the start")
     add("--seeds", type=between(1, 1000), default=3, help="runs per arm")
     add("--first-seed", type=between(0, 1e8), default=0, help="the first of them")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
