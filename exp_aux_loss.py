@@ -53,7 +53,7 @@ LINEAR = {
 
 def parse_args():
     linear = probes.early("--task", "shapes") == "linear"
-    parser = probes.flags(__doc__, LINEAR if linear else DEFAULTS)
+    parser = probes.flags(__doc__, LINEAR if linear else DEFAULTS, images=not linear)
     add, between = parser.add_argument, probes.between
     add("--task", choices=("shapes", "linear"), default="shapes", help="images, or linear regression")
     add("--noise", type=between(0, 1e6, float), default=0.0, help="linear: deviation of y")
@@ -64,12 +64,6 @@ def parse_args():
     add("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, inf = always fresh; linear: d")
     add("--sequences", type=between(0, 1e8), help="size of the training set, 0 = always fresh sequences")
     if not linear:
-        add("--embedding", help="what images look like: code, pixels, vae, onehot (the oracle), or a file.npz")
-        add("--code-width", type=between(1, 1e5), help="dimensions of the code")
-        add("--code-gain", type=between(1e-9, 1e9, float), help="entanglement of the code")
-        add("--code-seed", type=between(0, 1e8), help="of the code, and of the split into training and held-out images")
-        add("--factors", type=between(1, 15), nargs=6, help="numbers of values, 1 = constant")
-        add("--ask", choices=FACTORS, nargs="+", help="factors that may be asked; the others only vary")
         add("--read-factors", choices=FACTORS, nargs="+", help="factors that extra losses read; default all that vary")
     args = probes.checked(parser)
     if linear and max(args.difficulty) > 64:
@@ -87,7 +81,7 @@ def parse_args():
 def parse_arm(text: str) -> str:
     """`weights+norm:0.1` -> `weights:0.3+norm:0.1`, every weight spelled out; `none` is the baseline."""
     parts = {}
-    for part in text.split("+") if text != "none" else []:
+    for part in text.split("+") if text not in ("none", "baseline") else []:
         name, colon, weight = part.partition(":")
         if name not in WEIGHTS or name in parts:
             raise argparse.ArgumentTypeError(f"{part!r} must be one of {', '.join(WEIGHTS)}, each once; or none alone")
@@ -159,7 +153,7 @@ def plot(metrics: dict, out: str) -> None:
     alike = lambda run: [by_block[-1] for by_block in run["alike"]]
     for colour, (label, runs) in zip(probes.COLOURS, groups.items()):
         probes.curves(d, metrics["probe_steps"], runs, alike, colour, label=label)
-    d.set(title="(d) How alike the states of different x are", xlabel="step", ylabel="mean squared cosine")
+    d.set(title="(d) Do states share one direction (last block)?", xlabel="step", ylabel="mean squared cosine")
     d.set(xlim=(0, metrics["steps"][-1]), ylim=(0, 1))
     d.legend(fontsize=8)
     probes.save_figure(figure, out)

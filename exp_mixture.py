@@ -43,12 +43,6 @@ def parse_args():
     add("--easy-difficulty", type=parse_difficulty, default=1.0, help="mappings in play in the easy part")
     add("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, inf = always fresh")
     add("--sequences", type=between(0, 1e8), help="size of the training set, 0 = always fresh sequences")
-    add("--embedding", help="what images look like: code, pixels, vae, onehot (the oracle), or a file.npz")
-    add("--code-width", type=between(1, 1e5), help="dimensions of the code")
-    add("--code-gain", type=between(1e-9, 1e9, float), help="entanglement of the code")
-    add("--code-seed", type=between(0, 1e8), help="of the code, and of the split into training and held-out images")
-    add("--factors", type=between(1, 15), nargs=6, help="numbers of values, 1 = constant")
-    add("--ask", choices=FACTORS, nargs="+", help="factors that may be asked; the others only vary")
     args = probes.checked(parser)
     for fraction in args.fraction:
         if not math.isclose(fraction * args.batch, round(fraction * args.batch)):
@@ -99,10 +93,8 @@ def main():
 
 def plot(metrics: dict, out: str) -> None:
     figure, d, groups = probes.draw(metrics)
-    for colour, runs in zip(probes.COLOURS, groups.values()):
-        for run in runs:
-            own = probes.at_least(metrics, run) * (1 - run["fraction"])
-            d.plot(run["fraction"], own, "o", color=colour, mfc=probes.face(run, colour))
+    own = lambda run: probes.at_least(metrics, run) * (1 - run["fraction"])
+    probes.dots(d, groups, lambda run: run["fraction"], own)
     d.set(title="(d) The same in batches of the target task alone", xlabel="part of the batch that is mixed in",
           ylabel="plateau length x part that is the target task", ylim=0)  # fmt: skip
     probes.save_figure(figure, out)

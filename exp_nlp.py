@@ -54,7 +54,7 @@ Word = namedtuple("Word", "id form lemma upos xpos feats head deprel deps misc")
 
 def parse_args():
     select = probes.early("--text", "") == "wordselect"
-    parser = probes.flags(__doc__, SELECT if select else SCALES)
+    parser = probes.flags(__doc__, SELECT if select else SCALES, images=False)
     add, source, between = parser.add_argument, parser.add_mutually_exclusive_group(), probes.between
     source.add_argument("--text", choices=("grammar", "wordselect"), default="grammar", help="made here")
     source.add_argument("--conllu", nargs="+", default=[], help="treebank files; attributes from the annotation")

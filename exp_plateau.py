@@ -49,14 +49,12 @@ LINEAR = {
     "paper": dict(difficulty=[5, 10, 20, 30, 40, 50], lr=[1e-4], steps=200_000, batch=64, pairs=101, n_layer=12,
                   n_head=4, d_model=128, evaluations=400, probes=20, sequences=0),
 }  # fmt: skip
-
-
 CHANGES = ("fresh", "slower", "rescaled", "projected", "reset", "swapped")
 
 
 def parse_args():
     linear = probes.early("--task", "shapes") == "linear"
-    parser = probes.flags(__doc__, LINEAR if linear else DEFAULTS)
+    parser = probes.flags(__doc__, LINEAR if linear else DEFAULTS, images=not linear)
     add, between = parser.add_argument, probes.between
     add("--task", choices=("shapes", "linear"), default="shapes", help="images, or linear regression")
     add("--noise", type=between(0, 1e6, float), default=0.0, help="linear: deviation of y")
@@ -65,13 +63,6 @@ def parse_args():
     add("--at", type=between(0, 1e8), help="the step of the changes, else half of --steps")
     add("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, inf = always fresh; linear: d")
     add("--sequences", type=between(0, 1e8), help="size of the training set, 0 = always fresh sequences")
-    if not linear:
-        add("--embedding", help="what images look like: code, pixels, vae, onehot (the oracle), or a file.npz")
-        add("--code-width", type=between(1, 1e5), help="dimensions of the code")
-        add("--code-gain", type=between(1e-9, 1e9, float), help="entanglement of the code")
-        add("--code-seed", type=between(0, 1e8), help="of the code, and of the split into training and held-out images")
-        add("--factors", type=between(1, 15), nargs=6, help="numbers of values, 1 = constant")
-        add("--ask", choices=FACTORS, nargs="+", help="factors that may be asked; the others only vary")
     args = probes.checked(parser)
     if linear and max(args.difficulty) > 64:
         parser.error("--difficulty: with --task linear it is a dimension; give whole numbers from 1 to 64")
@@ -167,10 +158,8 @@ def plot(metrics: dict, out: str) -> None:
     if len(metrics["lr"]) > 2:
         draw_race(d, metrics)
     else:
-        for colour, runs in zip(probes.COLOURS, groups.values()):
-            for run in runs:
-                change = probes.score_change(run, metrics["block"])
-                d.plot(change, probes.at_least(metrics, run), "o", color=colour, mfc=probes.face(run, colour))
+        change = lambda run: probes.score_change(run, metrics["block"])
+        probes.dots(d, groups, change, lambda run: probes.at_least(metrics, run))
         d.axvline(0, color="grey", ls="--", lw=1)
         d.set(title="(d) Do long plateaus go with a damaged component?", xlabel="weights score, end minus start",
               ylabel="plateau length in steps", ylim=0)  # fmt: skip
@@ -183,8 +172,7 @@ def plot(metrics: dict, out: str) -> None:
 
 
 def draw_race(ax, metrics: dict) -> None:
-    """Two times of the hardest baselines against the rate, both seen when states are probed (--probes): which comes
-    first decides whether a run is damaged."""
+    """Two times of the hardest baselines against the rate, both seen only when states are probed (--probes)."""
     last, rates, steps = metrics["runs"][-1]["difficulty"], sorted(metrics["lr"]), metrics["probe_steps"]
     runs = [run for run in metrics["runs"] if run["arm"] == "baseline" and run["difficulty"] == last]
     left = lambda run: [run["plateau_length"] is not None and step >= run["plateau_length"] for step in steps]
@@ -212,7 +200,7 @@ def draw_context(ax, metrics: dict, groups: dict) -> None:
         if "context_score" in runs[0]:
             probes.curves(ax, metrics["probe_steps"], runs, last_block, colour)
     ax.axhline(metrics["chance_context"], color="grey", ls="--", lw=1)
-    ax.set(title="(e) Context score (grey: chance)", xlabel="step")
+    ax.set(title="(e) Context score, last block (grey: chance)", xlabel="step")
 
 
 def draw_example(ax, shown: dict) -> None:

@@ -39,12 +39,6 @@ def parse_args():
     add("--warmup-difficulty", type=parse_difficulty, default=1.0, help="mappings in play before that")
     add("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, inf = always fresh")
     add("--sequences", type=between(0, 1e8), help="size of the training set, 0 = always fresh sequences")
-    add("--embedding", help="what images look like: code, pixels, vae, onehot (the oracle), or a file.npz")
-    add("--code-width", type=between(1, 1e5), help="dimensions of the code")
-    add("--code-gain", type=between(1e-9, 1e9, float), help="entanglement of the code")
-    add("--code-seed", type=between(0, 1e8), help="of the code, and of the split into training and held-out images")
-    add("--factors", type=between(1, 15), nargs=6, help="numbers of values, 1 = constant")
-    add("--ask", choices=FACTORS, nargs="+", help="factors that may be asked; the others only vary")
     args = probes.checked(parser)
     if max(args.switch) >= args.steps:
         parser.error(f"--switch {max(args.switch)}: must lie inside the budget, 0 .. {args.steps - 1} (--steps)")
@@ -87,10 +81,8 @@ def main():
 
 def plot(metrics: dict, out: str) -> None:
     figure, d, groups = probes.draw(metrics)
-    for colour, runs in zip(probes.COLOURS, groups.values()):
-        for run in runs:
-            after = probes.at_least(metrics, run) - run["switch"]
-            d.plot(run["switch"], after, "o", color=colour, mfc=probes.face(run, colour))
+    after = lambda run: probes.at_least(metrics, run) - run["switch"]
+    probes.dots(d, groups, lambda run: run["switch"], after)
     d.axhline(0, color="grey", lw=1)
     d.set(title="(d) Steps on the target task itself", xlabel="switch at step", ylabel="plateau length after it")
     probes.save_figure(figure, out)

@@ -17,7 +17,6 @@ Everything is measured in fp32 on held-out data. An error is normalised: 1 = not
 
 import argparse
 import hashlib
-import io
 import json
 import math
 import os
@@ -39,7 +38,7 @@ import torch.distributed as dist
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
-from tasks import HELD_OUT, UsageError, mapping_counts
+from tasks import FACTORS, HELD_OUT, UsageError, mapping_counts
 
 try:
     import fcntl  # a lock that dies with its process
@@ -55,7 +54,7 @@ PROBE_STEPS, PROBE_BATCH, PROBE_RATE = 782, 128, 1e-3  # steps and rate of the p
 PROBE_ITEMS, MOST_TOKENS = 4096, 2**15  # states that a probe is trained on; tokens of one pass, which fit a cache
 ESCAPE = 0.8  # of the best loss without context: Kim et al. (arXiv 2410.05448)
 COMPLETE = 0.95  # of the Bayes accuracy; in regression: last loss within 0.1 of the Bayes loss
-DAMAGE = 0.015  # a fall of the asked score by more than this, about two standard errors of 410 read-outs
+DAMAGE = 0.015  # a fall of the asked score by more; a standard error of 410 read-outs is 0.014 at 0.91, 0.024 at 0.6
 MAY_CHANGE = ("out", "device", "resume", "replot", "overwrite")  # flags of a resumed training
 COLOURS = 100 * "black tab:blue tab:orange tab:green tab:red tab:purple tab:brown tab:pink tab:olive".split()
 
@@ -157,10 +156,8 @@ class Prober:
         self.items = world.to_probe(seed, m, n, PROBE_ITEMS)
         many = -(-PROBE_ITEMS // (n - self.half))  # sequences, each with the states of its second half
         number = 2 * HELD_OUT + torch.arange(many + many // 4, device=seed.device).expand(len(seed), -1)
-        self.batch = [
-            world.sample(seed, m, number[:, :many], n),
-            world.sample(seed, m, number[:, many:], n, held_out=True),
-        ]
+        parts = ((number[:, :many], False), (number[:, many:], True))
+        self.batch = [world.sample(seed, m, part, n, held_out) for part, held_out in parts]
         asked = [b.asked.reshape(len(seed), 1, -1, 1, b.asked[0, 0].numel()) for b in self.batch]  # which factor, or w
         self.context = [a.expand(-1, -1, -1, n - self.half, -1).flatten(2, 3) for a in asked]
 
@@ -198,11 +195,6 @@ def at_least(metrics: dict, run: dict) -> int:
     return metrics["steps"][-1] if run["plateau_length"] is None else run["plateau_length"]
 
 
-def face(run: dict, colour: str) -> str:
-    """Of a run's dot: open while it is still on the plateau at the end."""
-    return "none" if run["plateau_length"] is None else colour
-
-
 def score_change(run: dict, block: int) -> float:
     """Asked weights score, last probe minus first; not a number for a run that diverged."""
     start, end = (run["weights_score"][at][block] for at in (0, -1))
@@ -225,7 +217,7 @@ def rows(metrics: dict) -> list[dict]:
 
     best: the rate with the shortest median plateau of its arm and difficulty (ties: lowest final loss), chosen on these
     very seeds; edge: it is the smallest or largest tried. damaged: asked score down by more than DAMAGE (error: up).
-    bound: "at least " where more than a fifth is censored, so that the median is a bound.
+    bound: "at least " where half or more is censored, so that the median is a bound.
     """
     rates, worse, groups, out = metrics["lr"], 1 if metrics["error"] else -1, {}, []
     for run in metrics["runs"]:
@@ -236,7 +228,7 @@ def rows(metrics: dict) -> list[dict]:
         row["median"] = statistics.median(row["length"].values())
         row["loss"] = statistics.median(math.inf if run["loss"][-1] is None else run["loss"][-1] for run in runs)
         row["left"] = sum(run["plateau_length"] is not None for run in runs)
-        row["bound"] = "at least " if row["left"] < 0.8 * len(runs) else ""
+        row["bound"] = "at least " if row["left"] <= len(runs) // 2 else ""
         row["completed"] = sum(run["completion_step"] is not None for run in runs)
         row["damaged"] = sum(worse * score_change(run, metrics["block"]) > DAMAGE for run in runs)
         out.append(row)
@@ -251,7 +243,7 @@ def report(metrics: dict) -> str:
     """Table and verdict of a training as Markdown: each arm and difficulty at every rate, the common first."""
     name, every, words = metrics["symbol"], rows(metrics), []
     head = ["arm", name, "rate", "plateau length of every seed", "median", "left", "completed", "damaged",
-            "asked score, alone", "identity (the paper's)", "after the norm"]  # fmt: skip
+            "asked score, alone", "identity (the paper's)", "alone, ridge", "after the norm, ridge"]  # fmt: skip
     lines = [head, ["---"] * len(head)]
     for row in every:
         arm, m, runs, n = row["arm"], row["difficulty"], row["runs"], len(row["runs"])
@@ -259,7 +251,7 @@ def report(metrics: dict) -> str:
         lengths = ["-" if run["plateau_length"] is None else f"{run['plateau_length']:,}" for run in runs]
         cells = [arm, str(m), lr, " ".join(lengths), f"{row['bound']}{row['median']:,.0f}"]
         cells += [f"{row[key]} of {n}" for key in ("left", "completed", "damaged")]
-        for key in ("weights_score", "weights_score_identity", "weights_score_after_norm"):
+        for key in ("weights_score", *(f"weights_score_{kind}" for kind in ("identity", "converged", "after_norm"))):
             ends = [[run[key][at][metrics["block"]] for run in runs if key in run] for at in (0, -1)]
             ends = [[value for value in end if value is not None] for end in ends]
             cells.append(" to ".join(f"{statistics.median(end):.3f}" for end in ends) if all(ends) else "-")
@@ -273,8 +265,8 @@ def report(metrics: dict) -> str:
             sooner, later = sum(c < 0 for c in change), sum(c > 0 for c in change)
             if r["arm"] == "baseline" and change:
                 said += f"; {where}: leaves sooner than the baseline in {sooner} of {len(change)} seeds, "
-                said += f"later in {later} (sign test p = {sign_test(sooner, later):.2g}), "
-                said += f"median {statistics.median(change):+,.0f} steps"
+                said += f"later in {later} (sign test p = {sign_test(sooner, later):.2g})"
+                said += "" if row["bound"] or r["bound"] else f", median {statistics.median(change):+,.0f} steps"
             if (arm, r["arm"], where) == ("baseline", "oracle", "same rate") and not r["bound"]:
                 said += f"; the plateau is {row['bound']}{row['median'] / max(1, r['median']):.2g} times the oracle's"
         words.append(f"{said}.")
@@ -357,10 +349,10 @@ class Record:
                 self.measure(step)
             now = time.perf_counter()
             if step == self.args.steps or now - saved > SAVE_SECONDS:
-                self.kept["seconds"], saved, content = before + now - began, now, io.BytesIO()
-                torch.save({"settings": self.settings, "runs": self.runs, "step": step, "kept": self.kept, "model":
-                            self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, content)  # fmt: skip
-                write_aside(self.path, content.getvalue())
+                self.kept["seconds"], saved = before + now - began, now
+                state = {"settings": self.settings, "runs": self.runs, "step": step, "kept": self.kept,
+                         "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}  # fmt: skip
+                write_aside(self.path, lambda file: torch.save(state, file))
             if due:
                 left = "median held-out losses"
                 if mark:
@@ -400,7 +392,7 @@ class Record:
     def load(self) -> int:
         """Restore everything; returns the step to go on from. UsageError where that cannot be."""
         if not self.path.exists():
-            if list(self.path.parent.glob("checkpoint-*.pt")):
+            if PROCESSES > 1 and list(self.path.parent.glob("checkpoint-*.pt")):
                 return 0  # this process of several was stopped before its first save
             raise UsageError(f"--resume: no checkpoint in {self.path.parent}; start without --resume")
         try:
@@ -452,7 +444,7 @@ class Record:
             "steps": steps, "probe_steps": self.kept["probe_steps"], **more, "runs": [run for run, _ in done],
         }  # fmt: skip
         content = json.dumps(metrics, allow_nan=False, separators=(",", ":")) + "\n"
-        write_aside(Path(self.args.out) / "metrics.json", content.encode())
+        write_aside(Path(self.args.out) / "metrics.json", lambda file: file.write(content.encode()))
         say("\n" + report(metrics))
         return metrics
 
@@ -461,7 +453,7 @@ def open_folder(args) -> None:
     """Make --out, lock it while this process lives, see that nothing in it would be lost, else UsageError. Processes of
     torchrun meet here, before anything is trained, so that a group that cannot be formed costs no training."""
     if PROCESSES > 1:
-        dist.init_process_group("gloo", timeout=timedelta(hours=1))
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
     if RANK == 0:
         out = Path(args.out)
         try:
@@ -482,15 +474,15 @@ def open_folder(args) -> None:
         dist.barrier()
 
 
-def write_aside(path: Path, content: bytes) -> None:
-    """Write a file beside its place, then move it there: a reader never sees half of it."""
+def write_aside(path: Path, write) -> None:
+    """write(file) beside its place, then move it there: a reader never sees half of it."""
     aside = path.with_name(path.name + ".part")
     try:
-        aside.write_bytes(content)
+        with open(aside, "wb") as file:
+            write(file)
         os.replace(aside, path)
-    except OSError:  # a full disk
+    finally:  # after a full disk
         aside.unlink(missing_ok=True)
-        raise
 
 
 def between(low: float, high: float, kind=int):
@@ -516,8 +508,8 @@ def early(flag: str, default: str) -> str:
     return parser.parse_known_args()[0].value
 
 
-def flags(doc: str, defaults: dict[str, dict]) -> argparse.ArgumentParser:
-    """A parser of the flags that all scripts share; each knows their defaults {scale: {name: value}}, and its own."""
+def flags(doc: str, defaults: dict[str, dict], images: bool = True) -> argparse.ArgumentParser:
+    """A parser of the flags that scripts share; each knows their defaults {scale: {name: value}}, and its own."""
     usage = "%(prog)s [flags], explained by -h"
     parser = argparse.ArgumentParser(usage=usage, description=doc, formatter_class=Help, allow_abbrev=False)
     parser.set_defaults(**defaults.get(early("--scale", "laptop"), {}))
@@ -532,6 +524,13 @@ def flags(doc: str, defaults: dict[str, dict]) -> argparse.ArgumentParser:
     add("--d-model", type=between(1, 1e5), help="width")
     add("--evaluations", type=between(1, 1e8), help="points of a curve")
     add("--probes", type=between(1, 1e8), help="times the states are probed, after the start")
+    if images:  # what tasks.shapes is made of
+        add("--embedding", help="what images look like: code, pixels, vae, onehot (the oracle), or a file.npz")
+        add("--code-width", type=between(1, 1e5), help="dimensions of the code")
+        add("--code-gain", type=between(1e-9, 1e9, float), help="entanglement of the code")
+        add("--code-seed", type=between(0, 1e8), help="of the code, and of the split into training and held-out images")
+        add("--factors", type=between(1, 15), nargs=6, help="numbers of values, 1 = constant")
+        add("--ask", choices=FACTORS, nargs="+", help="factors that may be asked; the others only vary")
     add("--seeds", type=between(1, 1000), default=3, help="runs per arm")
     add("--first-seed", type=between(0, 1e8), default=0, help="the first of them")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
@@ -578,9 +577,7 @@ def replot(args, plot) -> None:
         say(report(metrics))
         plot(metrics, args.out)
     except Exception as error:  # whatever somebody wrote there, or a mistake in a plot of one's own
-        raise UsageError(
-            f"--replot: {path} is not of this script, or plot has a mistake ({repr(error)[:99]})"
-        ) from None
+        raise UsageError(f"--replot: {path} is not of this script, or plot has a mistake ({error!r:.99})") from None
 
 
 def run(main) -> None:
@@ -615,6 +612,13 @@ def curves(ax, x: list, runs: list[dict], y, colour: str, style: str = "-", labe
     ax.plot(x, np.ma.median(stack, 0), style, color=colour, lw=2, label=label)
 
 
+def dots(ax, groups: dict, x, y) -> None:
+    """Every run a dot at x(run), y(run), open if it is still on the plateau at the end."""
+    for colour, runs in zip(COLOURS, groups.values()):
+        for run in runs:
+            ax.plot(x(run), y(run), "o", color=colour, mfc="none" if run["plateau_length"] is None else colour)
+
+
 def draw(metrics: dict, by: str = "arm"):
     """Panels (a) loss, (b) weights score, (c) plateau length at the common rate; by = what colours tell apart, arm or
     difficulty. By arm only the hardest difficulty is drawn. Returns figure, axes left to the script, {label: runs}."""
@@ -629,21 +633,23 @@ def draw(metrics: dict, by: str = "arm"):
     (a, b), (c, d) = figure.subplots(2, 2)
     for at, (colour, (label, runs)) in enumerate(zip(COLOURS, groups.items())):
         curves(a, steps, runs, lambda run: run["loss"], colour, label=label)
+        if at == 0 or runs[0]["arm"] == "baseline":
+            a.axhline(ESCAPE * runs[0]["no_context_loss"], color=colour, ls=":", lw=1)
         for key, style in (("weights_score", "-"), ("weights_score_identity", ":")):
             if key in runs[0]:
                 curves(b, metrics["probe_steps"], runs, lambda run: [row[block] for row in run[key]], colour, style)
         for place, run in zip(np.linspace(at - 0.3, at + 0.3, len(runs) + 2)[1:-1], runs):
-            marker = ">" if run["plateau_length"] is None else "o"
-            c.plot(at_least(metrics, run), place, marker, color=colour, mfc=face(run, colour), clip_on=False)
-    for value, text in ((level["no_context_loss"], "best without context"), (level["bayes_loss"], "exact Bayes"),
-                        (ESCAPE * level["no_context_loss"], "below: the plateau is over")):  # fmt: skip
-        a.axhline(value, color="grey", ls="--", lw=1)
-        whose = f" ({metrics['symbol']} = {last})" if by == "difficulty" else ""
-        a.text(0.01 * steps[-1], value, text + whose, va="bottom", fontsize=8)
+            marker, fill = (">", "none") if run["plateau_length"] is None else ("o", colour)
+            c.plot(at_least(metrics, run), place, marker, color=colour, mfc=fill, clip_on=False)
+    whose = f" ({metrics['symbol']} = {last})" if by == "difficulty" else ""
+    for key, text, va in (("no_context_loss", "best without context", "bottom"), ("bayes_loss", "exact Bayes", "top")):
+        a.axhline(level[key], color="grey", ls="--", lw=1)
+        a.text(0.99 * steps[-1], level[key], text + whose, ha="right", va=va, fontsize=8)
     start = [run["weights_score"][0][block] for runs in groups.values() for run in runs if run["arm"] != "oracle"]
     b.axhline(statistics.median(start), color="grey", ls="--", lw=1)
     what = " (error)" if metrics["error"] else ""
-    a.set(title="(a) Training stalls, then jumps", ylabel="held-out loss", ylim=(0, 1.2 * level["no_context_loss"]))
+    a.set(title="(a) Training stalls, then jumps (below dotted: it is over)")
+    a.set(ylabel="held-out loss", ylim=(0, 1.2 * level["no_context_loss"]))
     a.legend(fontsize=8, loc="lower left")
     b.set_title(f"(b) Weights component, block {block + 1} (grey: at the start)")
     b.set_ylabel(f"weights score{what}, dotted: identity")
@@ -655,13 +661,15 @@ def draw(metrics: dict, by: str = "arm"):
 
 
 def save_figure(figure: Figure, out: str) -> None:
-    content = io.BytesIO()
-    figure.savefig(content, dpi=90)
-    write_aside(Path(out) / "figure.png", content.getvalue())
+    write_aside(Path(out) / "figure.png", lambda file: figure.savefig(file, dpi=90))
 
 
 def main() -> None:
-    print("# Results, made by `python probes.py assets/*.json > assets/results.md`")
+    print("# Results, made by `python probes.py assets/*.json > assets/results.md`\n")
+    print(f"Left: held-out loss below {ESCAPE} of the best without context; `-`: not in the budget, which then counts.")
+    print(f"Completed: {COMPLETE} of the exact Bayes accuracy. Damaged: the asked score ends {DAMAGE} below its start.")
+    print("Scores: medians at start and end. Best: the rate with an arm's shortest median (ties: lowest loss), chosen")
+    print("on these seeds; edge: the smallest or largest tried. More: docstring of `probes.py`.")
     for path in map(Path, sys.argv[1:]):
         try:
             metrics = json.loads(path.read_text())
@@ -669,7 +677,7 @@ def main() -> None:
             text += f"![]({path.stem}.png)\n\n" if path.with_suffix(".png").exists() else ""
             text += report(metrics)
         except Exception as error:  # whatever somebody wrote there
-            raise UsageError(f"{path}: is not a metrics.json of these scripts ({repr(error)[:60]})") from None
+            raise UsageError(f"{path}: is not a metrics.json of these scripts ({error!r:.60})") from None
         print(f"\n## {path.stem}\n\n{text}")
 
 
