@@ -7,10 +7,11 @@
     python exp_aux_loss.py --start 1000                               only from this step on, when runs are stuck
     python exp_aux_loss.py --task linear                              linear regression (claim 8)
 
-Total loss = label loss + weight x extra loss, which is read from the final layer (--read-block), with context visible:
+Total loss = label loss + weight x extra loss, which is read from the last block (--read-block), with context visible,
+all but alike and norm behind the model's final LayerNorm:
   weights   all factor values (--read-factors) of x_i at x_i: cross-entropy, mean over factors
   previous  the values of x_(i-1) instead          labels    the values of x_i, read at its label
-  shuffled  the values of another, fixed image: the same load, no information about the factors
+  shuffled  the values of another, fixed image: as many outputs, but only memorising the pairs helps
   context   which factor the sequence asks for, at every x
   alike     mean squared cosine between the states of two x (probes.alike); knows nothing of factors, needs no labels
   norm      mean square of the residual stream after each block; needs no labels

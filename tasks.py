@@ -215,7 +215,7 @@ class Items:
         return cross_entropy(logits, repeat(batch.asked, "r b -> r b n", n=logits.shape[2]))
 
     def other_values(self, batch: Sequences) -> torch.Tensor:
-        """The values of another, fixed item in the place of each: as much to predict, and nothing to learn from."""
+        """The values of another, fixed item in the place of each: as much to predict, but only memorising helps."""
         return self.values[self.other[batch.item]]
 
     def references(self, seed: int, difficulty: float, n: int, sequences: int = 1024) -> dict:
