@@ -151,9 +151,9 @@ def main():
 
 def plot(metrics: dict, out: str) -> None:
     figure, d, groups = probes.draw(metrics)
-    alike = lambda run: [by_block[-1] for by_block in run["alike"]]
     for colour, (label, runs) in zip(probes.COLOURS, groups.items()):
-        probes.curves(d, metrics["probe_steps"], runs, alike, colour, label=label)
+        alike = [[by_block[-1] for by_block in run["alike"]] for run in runs]
+        probes.curves(d, metrics["probe_steps"], alike, colour, label=label)
     d.set(title="(d) Do states share one direction (last block)?", xlabel="step", ylabel="mean squared cosine")
     d.set(xlim=(0, metrics["steps"][-1]), ylim=(0, 1))
     d.legend(fontsize=8)

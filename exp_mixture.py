@@ -93,8 +93,8 @@ def main():
 
 def plot(metrics: dict, out: str) -> None:
     figure, d, groups = probes.draw(metrics)
-    own = lambda run: probes.at_least(metrics, run) * (1 - run["fraction"])
-    probes.dots(d, groups, lambda run: run["fraction"], own)
+    for run, dot in probes.dots(groups):
+        d.plot(run["fraction"], probes.at_least(metrics, run) * (1 - run["fraction"]), **dot)
     d.set(title="(d) The same in batches of the target task alone", xlabel="part of the batch that is mixed in",
           ylabel="plateau length x part that is the target task", ylim=0)  # fmt: skip
     probes.save_figure(figure, out)

@@ -158,8 +158,8 @@ def plot(metrics: dict, out: str) -> None:
     if len(metrics["lr"]) > 2:
         draw_race(d, metrics)
     else:
-        change = lambda run: probes.score_change(run, metrics["block"])
-        probes.dots(d, groups, change, lambda run: probes.at_least(metrics, run))
+        for run, dot in probes.dots(groups):
+            d.plot(probes.score_change(run, metrics["block"]), probes.at_least(metrics, run), **dot)
         d.axvline(0, color="grey", ls="--", lw=1)
         d.set(title="(d) Do long plateaus go with a damaged component?", xlabel="weights score, end minus start",
               ylabel="plateau length in steps", ylim=0)  # fmt: skip
@@ -195,10 +195,10 @@ def draw_race(ax, metrics: dict) -> None:
 
 
 def draw_context(ax, metrics: dict, groups: dict) -> None:
-    last_block = lambda run: [by_block[-1] for by_block in run["context_score"]]
     for colour, runs in zip(probes.COLOURS, groups.values()):
         if "context_score" in runs[0]:
-            probes.curves(ax, metrics["probe_steps"], runs, last_block, colour)
+            score = [[by_block[-1] for by_block in run["context_score"]] for run in runs]
+            probes.curves(ax, metrics["probe_steps"], score, colour)
     ax.axhline(metrics["chance_context"], color="grey", ls="--", lw=1)
     ax.set(title="(e) Context score, last block (grey: chance)", xlabel="step")
 

@@ -81,8 +81,8 @@ def main():
 
 def plot(metrics: dict, out: str) -> None:
     figure, d, groups = probes.draw(metrics)
-    after = lambda run: probes.at_least(metrics, run) - run["switch"]
-    probes.dots(d, groups, lambda run: run["switch"], after)
+    for run, dot in probes.dots(groups):
+        d.plot(run["switch"], probes.at_least(metrics, run) - run["switch"], **dot)
     d.axhline(0, color="grey", lw=1)
     d.set(title="(d) Steps on the target task itself", xlabel="switch at step", ylabel="plateau length after it")
     probes.save_figure(figure, out)

@@ -605,18 +605,18 @@ def run(main) -> None:
     sys.exit(code)
 
 
-def curves(ax, x: list, runs: list[dict], y, colour: str, style: str = "-", label: str | None = None) -> None:
-    """Every seed a thin line, the median of those that have not diverged bold; y(run) -> values over x."""
-    stack = np.ma.masked_invalid(np.array([y(run) for run in runs], float))
+def curves(ax, x: list, values: list[list], colour: str, style: str = "-", label: str | None = None) -> None:
+    """Values over x: every seed a thin line, the median of those that have not diverged bold."""
+    stack = np.ma.masked_invalid(np.array(values, float))
     ax.plot(x, stack.T, style, color=colour, lw=0.6, alpha=0.4)
     ax.plot(x, np.ma.median(stack, 0), style, color=colour, lw=2, label=label)
 
 
-def dots(ax, groups: dict, x, y) -> None:
-    """Every run a dot at x(run), y(run), open if it is still on the plateau at the end."""
+def dots(groups: dict):
+    """Every run with the looks of its dot, which is open if it is still on the plateau at the end."""
     for colour, runs in zip(COLOURS, groups.values()):
         for run in runs:
-            ax.plot(x(run), y(run), "o", color=colour, mfc="none" if run["plateau_length"] is None else colour)
+            yield run, dict(marker="o", color=colour, mfc="none" if run["plateau_length"] is None else colour)
 
 
 def draw(metrics: dict, by: str = "arm"):
@@ -632,12 +632,13 @@ def draw(metrics: dict, by: str = "arm"):
     figure = Figure(figsize=(11, 8), layout="constrained")
     (a, b), (c, d) = figure.subplots(2, 2)
     for at, (colour, (label, runs)) in enumerate(zip(COLOURS, groups.items())):
-        curves(a, steps, runs, lambda run: run["loss"], colour, label=label)
+        curves(a, steps, [run["loss"] for run in runs], colour, label=label)
         if at == 0 or runs[0]["arm"] == "baseline":
             a.axhline(ESCAPE * runs[0]["no_context_loss"], color=colour, ls=":", lw=1)
         for key, style in (("weights_score", "-"), ("weights_score_identity", ":")):
             if key in runs[0]:
-                curves(b, metrics["probe_steps"], runs, lambda run: [row[block] for row in run[key]], colour, style)
+                score = [[by_block[block] for by_block in run[key]] for run in runs]
+                curves(b, metrics["probe_steps"], score, colour, style)
         for place, run in zip(np.linspace(at - 0.3, at + 0.3, len(runs) + 2)[1:-1], runs):
             marker, fill = (">", "none") if run["plateau_length"] is None else ("o", colour)
             c.plot(at_least(metrics, run), place, marker, color=colour, mfc=fill, clip_on=False)
