@@ -17,6 +17,7 @@ Everything is measured in fp32 on held-out data. An error is normalised: 1 = not
 
 import argparse
 import hashlib
+import io
 import json
 import math
 import os
@@ -349,10 +350,10 @@ class Record:
                 self.measure(step)
             now = time.perf_counter()
             if step == self.args.steps or now - saved > SAVE_SECONDS:
-                self.kept["seconds"], saved = before + now - began, now
-                state = {"settings": self.settings, "runs": self.runs, "step": step, "kept": self.kept,
-                         "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}  # fmt: skip
-                write_aside(self.path, lambda file: torch.save(state, file))
+                self.kept["seconds"], saved, content = before + now - began, now, io.BytesIO()
+                torch.save({"settings": self.settings, "runs": self.runs, "step": step, "kept": self.kept, "model":
+                            self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, content)  # fmt: skip
+                write_aside(self.path, content.getvalue())
             if due:
                 left = "median held-out losses"
                 if mark:
@@ -444,7 +445,7 @@ class Record:
             "steps": steps, "probe_steps": self.kept["probe_steps"], **more, "runs": [run for run, _ in done],
         }  # fmt: skip
         content = json.dumps(metrics, allow_nan=False, separators=(",", ":")) + "\n"
-        write_aside(Path(self.args.out) / "metrics.json", lambda file: file.write(content.encode()))
+        write_aside(Path(self.args.out) / "metrics.json", content.encode())
         say("\n" + report(metrics))
         return metrics
 
@@ -474,12 +475,11 @@ def open_folder(args) -> None:
         dist.barrier()
 
 
-def write_aside(path: Path, write) -> None:
-    """write(file) beside its place, then move it there: a reader never sees half of it."""
+def write_aside(path: Path, content: bytes) -> None:
+    """Write a file beside its place, then move it there: a reader never sees half of it."""
     aside = path.with_name(path.name + ".part")
     try:
-        with open(aside, "wb") as file:
-            write(file)
+        aside.write_bytes(content)
         os.replace(aside, path)
     finally:  # after a full disk
         aside.unlink(missing_ok=True)
@@ -662,7 +662,9 @@ def draw(metrics: dict, by: str = "arm"):
 
 
 def save_figure(figure: Figure, out: str) -> None:
-    write_aside(Path(out) / "figure.png", lambda file: figure.savefig(file, dpi=90))
+    content = io.BytesIO()
+    figure.savefig(content, dpi=90)
+    write_aside(Path(out) / "figure.png", content.getvalue())
 
 
 def main() -> None:

@@ -759,7 +759,7 @@ def test_a_run_that_diverges_is_null_and_spares_the_others(tmp_path):
 
 
 def test_the_environment_is_not_believed_and_a_closed_output_ends_nothing(tmp_path):
-    """Ranks without torchrun, a notebook's backend, another alphabet, names that are formulas, a broken pipe."""
+    """Ranks without torchrun, a notebook's backend, another alphabet, names as formulas, a broken pipe, a full disk."""
     table, labels = tmp_path / "$x_1$ \u0416.tsv", ["no", "$\u0416^$"]
     table.write_text("text\t$a^$\n" + "\n".join(f"w{i % 9} v{i} u{i % 4}\t{labels[i % 2]}" for i in range(300)))
     flags = f"--pairs 4 --arm baseline --tsv {shlex.quote(str(table))} --out {tmp_path}/odd"
@@ -767,6 +767,12 @@ def test_the_environment_is_not_believed_and_a_closed_output_ends_nothing(tmp_pa
                 MPLBACKEND="module://matplotlib_inline.backend_inline")  # fmt: skip
     closed = start(f"exp_plateau.py {SMALL} --difficulty inf --out {tmp_path}/closed")
     closed.stdout.close()
+    limit = "import resource as r, runpy, sys; r.setrlimit(r.RLIMIT_FSIZE, (9999, 9999)); sys.argv[:1] = []; "
+    limit += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    full = start(f'-c "{limit}" exp_plateau.py {SMALL} --difficulty inf --out {tmp_path}/full')
+    said = full.communicate()[0].strip().splitlines()
+    assert full.returncode == 2 and "make room" in said[-1] and "Traceback" not in str(said)
+    assert not [*(tmp_path / "full").iterdir()]
     said = odd.communicate()[0]
     assert odd.returncode == 0 and "\\u0416" in said, said
     assert len(science(tmp_path / "odd")["runs"]) == 2 and (tmp_path / "odd" / "figure.png").exists()
