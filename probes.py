@@ -181,8 +181,7 @@ class Prober:
             scores["weights_score_unasked"] = by_factor[..., unasked].mean(-1)
         if self.context_sizes != [1]:
             a, b = (states(model, b.x, b.y, first=self.half) for b in self.batch)
-            for name, probe in (("context_score", linear_probe), ("context_score_converged", converged_probe)):
-                scores[name] = probe(a, self.context[0], b, self.context[1], self.context_sizes).mean(-1)
+            scores["context_score"] = linear_probe(a, self.context[0], b, self.context[1], self.context_sizes).mean(-1)
         return scores | {"weights_score_by_factor": by_factor, **geometry(alone[0])}
 
 
@@ -676,7 +675,9 @@ def main() -> None:
     for path in map(Path, sys.argv[1:]):
         try:
             metrics = json.loads(path.read_text())
-            text = f"`{metrics['command']}` {metrics.get('note', '')}".strip() + "\n\n"
+            where = metrics["environment"]
+            text = f"`{metrics['command']}` ({where['minutes']:g} minutes, {where['device']})"
+            text += f"; {metrics['note']}\n\n" if "note" in metrics else "\n\n"
             text += f"![]({path.stem}.png)\n\n" if path.with_suffix(".png").exists() else ""
             text += report(metrics)
         except Exception as error:  # whatever somebody wrote there
