@@ -32,8 +32,8 @@ import probes
 from model import GPT, Adam, Config, Linear, compile_blocks, pick_device
 from tasks import FACTORS, SIZES, Regression, mapping_counts, parse_difficulty, sequence_numbers, shapes
 
-WEIGHTS = dict(weights=0.3, previous=0.3, labels=0.3, shuffled=0.3, context=0.3, alike=1.0, norm=0.01, decay=1.0,
-               clip=0.2, epsilon=1e-4)  # fmt: skip  # of each arm
+LOSSES = dict(weights=0.3, previous=0.3, labels=0.3, shuffled=0.3, context=0.3, alike=1.0, norm=0.01)  # their weights
+WEIGHTS = LOSSES | dict(decay=1.0, clip=0.2, epsilon=1e-4)  # of all arms
 DEFAULTS = {
     "laptop": dict(difficulty=[math.inf],
                    lr=[5e-4], steps=1500, batch=48, pairs=12, n_layer=3, n_head=2, d_model=64, evaluations=60, probes=4,
@@ -58,7 +58,7 @@ def parse_args():
     add, between = parser.add_argument, probes.between
     add("--task", choices=("shapes", "linear"), default="shapes", help="images, or linear regression")
     add("--noise", type=between(0, 1e6, float), default=0.0, help="linear: deviation of y")
-    add("--loss", type=parse_arm, nargs="+", default=["baseline", "weights:0.3", "alike:1"],
+    add("--loss", type=loss_arm, nargs="+", default=["baseline", "weights:0.3", "alike:1"],
         help=f"arms: none, {', '.join(WEIGHTS)}; weights:0.3 sets a weight, weights+norm adds up")  # fmt: skip
     add("--read-block", type=between(0, 1000), default=0, help="block after which extra losses are read, 0 = the last")
     add("--start", type=between(0, 1e8), default=0, help="step from which extra losses count: do they free stuck runs?")
@@ -79,7 +79,7 @@ def parse_args():
     return args
 
 
-def parse_arm(text: str) -> str:
+def loss_arm(text: str) -> str:
     """`weights+norm:0.1` -> `weights:0.3+norm:0.1`, every weight spelled out; `none` is the baseline."""
     parts = {}
     for part in text.split("+") if text not in ("none", "baseline") else []:
@@ -141,8 +141,8 @@ def main():
             norm=torch.stack([h.square().mean((1, 2, 3)) for h in states]).mean(0)[:, None],
         )  # (r, b, n), or one per run
         loss = world.loss(logits, batch).mean((1, 2))  # (r,), one mean per run
-        for name, extra_loss in losses.items():
-            loss = loss + (step >= args.start) * weight[name] * extra_loss.flatten(1).mean(1)
+        for name in LOSSES:
+            loss = loss + (step >= args.start) * weight[name] * losses[name].flatten(1).mean(1)
         loss.sum().backward()  # nothing crosses the run axis: the sum's gradient is each run's own
         optimizer.step()
 

@@ -179,7 +179,7 @@ class Adam:
         self.params = list(model.parameters())
         runs, device = len(self.params[0]), self.params[0].device
         settings = [torch.as_tensor(v, dtype=torch.float32, device=device) for v in (lr, eps, weight_decay, clip)]
-        self.lr, self.eps, self.weight_decay, self.clip = (v.expand(runs).view(-1, 1, 1) for v in settings)
+        self.lr, self.eps, self.weight_decay, self.clip = (v.expand(runs).clone().view(-1, 1, 1) for v in settings)
         self.clips = bool(torch.isfinite(torch.as_tensor(clip)).any())  # on the CPU: asking a GPU would stall it
         self.mean = [torch.zeros_like(p) for p in self.params]
         self.square = [torch.zeros_like(p) for p in self.params]

@@ -248,7 +248,8 @@ def report(metrics: dict) -> str:
     for row in every:
         arm, m, runs, n = row["arm"], row["difficulty"], row["runs"], len(row["runs"])
         lr = rate(row["lr"]) + (" best" if row["best"] else "") + (" (edge)" if row["edge"] else "")
-        lengths = ["-" if run["plateau_length"] is None else f"{run['plateau_length']:,}" for run in runs]
+        never = lambda run: "nan" if run["loss"][-1] is None else "-"
+        lengths = [never(run) if run["plateau_length"] is None else f"{run['plateau_length']:,}" for run in runs]
         cells = [arm, str(m), lr, " ".join(lengths), f"{row['bound']}{row['median']:,.0f}"]
         cells += [f"{row[key]} of {n}" for key in ("left", "completed", "damaged")]
         for key in ("weights_score", *(f"weights_score_{kind}" for kind in ("identity", "converged", "after_norm"))):
@@ -308,7 +309,10 @@ class Record:
     """
 
     def __init__(self, args, runs: list[dict], world, model, optimizer):
-        self.args, self.runs, self.world, self.model, self.optimizer = args, runs, world, model, optimizer
+        self.args, self.world, self.model, self.optimizer = args, world, model, optimizer
+        as_json = lambda m: int(m) if math.isfinite(m) else "inf"
+        self.runs = [run | {"difficulty": as_json(run["difficulty"])} for run in runs]
+        self.described = json.dumps(self.runs, allow_nan=False)  # what cannot be written fails now, not at the end
         self.due = spaced(range(args.steps + 1), args.evaluations)
         self.due_probes = spaced(self.due, args.probes)
         given = vars(args)
@@ -350,7 +354,7 @@ class Record:
             now = time.perf_counter()
             if step == self.args.steps or now - saved > SAVE_SECONDS:
                 self.kept["seconds"], saved, content = before + now - began, now, io.BytesIO()
-                torch.save({"settings": self.settings, "runs": self.runs, "step": step, "kept": self.kept, "model":
+                torch.save({"settings": self.settings, "runs": self.described, "step": step, "kept": self.kept, "model":
                             self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, content)  # fmt: skip
                 write_aside(self.path, content.getvalue())
             if due:
@@ -386,7 +390,7 @@ class Record:
         """Newest loss per arm and difficulty, over the seeds that have not diverged."""
         groups = {}
         for run, curve in zip(self.runs, self.kept["curves"]):
-            groups.setdefault(f"{run['arm']} {run['difficulty']:g}", []).append(curve["loss"][-1])
+            groups.setdefault(f"{run['arm']} {run['difficulty']}", []).append(curve["loss"][-1])
         return " | ".join(f"{name} {torch.tensor(loss).nanmedian():.2f}" for name, loss in groups.items())
 
     def load(self) -> int:
@@ -400,7 +404,7 @@ class Record:
                 raise ValueError
             state = torch.load(self.path, map_location=self.device, weights_only=True)
             then = state["settings"] | {"runs": state["runs"]}
-            other = [key for key, now in (self.settings | {"runs": self.runs}).items() if then.get(key) != now]
+            other = [key for key, now in (self.settings | {"runs": self.described}).items() if then.get(key) != now]
             if not other:
                 self.model.load_state_dict(state["model"])
                 self.optimizer.load_state_dict(state["optimizer"])
@@ -416,8 +420,7 @@ class Record:
         steps, mine = self.kept["steps"], []
         for run, level, no_context, curve in zip(self.runs, self.levels, self.no_context, self.kept["curves"]):
             enough = COMPLETE * level["bayes_accuracy"] if self.world.n_label else -0.1 - level["bayes_last_loss"]
-            row = run | {"difficulty": int(run["difficulty"]) if math.isfinite(run["difficulty"]) else "inf"}
-            row["plateau_length"] = plateau_length(steps, curve["loss"], ESCAPE * no_context)
+            row = run | {"plateau_length": plateau_length(steps, curve["loss"], ESCAPE * no_context)}
             row["no_context_loss"] = for_json(no_context)
             row["completion_step"] = next((s for s, a in zip(steps, curve["accuracy"]) if a >= enough), None)
             first_last = {key: [curve[key][0], curve[key][-1]] for key in curve if "by_factor" in key}
@@ -641,10 +644,10 @@ def draw(metrics: dict, by: str = "arm"):
         for place, run in zip(np.linspace(at - 0.3, at + 0.3, len(runs) + 2)[1:-1], runs):
             marker, fill = (">", "none") if run["plateau_length"] is None else ("o", colour)
             c.plot(at_least(metrics, run), place, marker, color=colour, mfc=fill, clip_on=False)
-    whose = f" ({metrics['symbol']} = {last})" if by == "difficulty" else ""
     for key, text, va in (("no_context_loss", "best without context", "bottom"), ("bayes_loss", "exact Bayes", "top")):
         a.axhline(level[key], color="grey", ls="--", lw=1)
-        a.text(0.99 * steps[-1], level[key], text + whose, ha="right", va=va, fontsize=8)
+        text += f" ({metrics['symbol']} = {last})"
+        a.text(0.99 * steps[-1], level[key], text, ha="right", va=va, fontsize=8)
     start = [run["weights_score"][0][block] for runs in groups.values() for run in runs if run["arm"] != "oracle"]
     b.axhline(statistics.median(start), color="grey", ls="--", lw=1)
     what = " (error)" if metrics["error"] else ""
@@ -668,7 +671,8 @@ def save_figure(figure: Figure, out: str) -> None:
 
 def main() -> None:
     print("# Results, made by `python probes.py assets/*.json > assets/results.md`\n")
-    print(f"Left: held-out loss below {ESCAPE} of the best without context; `-`: not in the budget, which then counts.")
+    print(f"Left: held-out loss below {ESCAPE} of the best without context; `-`: not in the budget, which then counts,")
+    print("and so it does for `nan`, a run that diverged.")
     print(f"Completed: {COMPLETE} of the exact Bayes accuracy. Damaged: the asked score ends {DAMAGE} below its start.")
     print("Scores: medians at start and end. Best: the rate with an arm's shortest median (ties: lowest loss), chosen")
     print("on these seeds; edge: the smallest or largest tried. More: docstring of `probes.py`.")

@@ -159,13 +159,14 @@ def test_changes_do_what_they_say_and_spare_the_others():
     runs = [dict(arm=arm, difficulty=2, lr=lr, seed=0) for arm in ("baseline", *exp_plateau.CHANGES) for lr in (2, 1)]
     zeros = [0] * len(runs)
     start, model, before = GPT(Config(**TINY), zeros), *(disturbed(GPT(Config(**TINY), zeros)) for _ in range(2))
-    optimizer, (x, y, _) = Adam(model, [1.0] * len(runs)), tiny_batch(len(runs))
+    optimizer, (x, y, _) = Adam(model, rates := torch.ones(len(runs))), tiny_batch(len(runs))
     moments = (*optimizer.mean, *optimizer.square, optimizer.count)
     for moment in moments:
         moment += 1
     exp_plateau.change(runs, model, start, optimizer, x[:, :, :1])
     alone, alone_0, alone_1 = (probes.states(net, x[:, :, :1])[:, -1].detach() for net in (model, start, before))
     state, state_1 = (probes.states(net, x, y)[:, -1] for net in (model, before))
+    assert (rates == 1).all()  # the caller's own
     for r, arm in enumerate(run["arm"] for run in runs):
         fresh, moved = arm in ("fresh", "projected", "reset", "swapped"), arm in ("reset", "swapped")
         assert arm == "rescaled" or all((moment[r] == 1 - fresh).all() for moment in moments)
@@ -757,10 +758,13 @@ def test_extra_losses_train_as_by_hand(tmp_path):
 
 
 def test_a_run_that_diverges_is_null_and_spares_the_others(tmp_path):
-    run(f"exp_plateau.py {SMALL} --difficulty inf --no-oracle --lr 1e-3 1e9 --out {tmp_path}/both")
+    said = run(f"exp_plateau.py {SMALL} --difficulty inf --no-oracle --lr 1e-3 1e9 --out {tmp_path}/both")
     run(f"exp_plateau.py {SMALL} --difficulty inf --no-oracle --lr 1e-3 --out {tmp_path}/alone")
     both, alone = science(tmp_path / "both")["runs"], science(tmp_path / "alone")["runs"]
     assert both[:2] == alone and all(run["loss"][-1] is None and run["plateau_length"] is None for run in both[2:])
+    assert "| nan nan |" in said and "| - - |" in said
+    with pytest.raises(ValueError, match="JSON"):  # before it is trained
+        probes.Record(None, [dict(difficulty=math.inf, strength=math.inf)], None, None, None)
     run(f"exp_plateau.py {SIZE} --task linear --difficulty 2 --pairs 3 --lr 1e9 --out {tmp_path}/none")
     assert (tmp_path / "none" / "figure.png").exists()
 
