@@ -1,6 +1,7 @@
 """pytest: the core against independent references, then every script, README command and table end to end."""
 
 import contextlib
+import fnmatch
 import importlib
 import io
 import json
@@ -833,10 +834,17 @@ def test_results_are_made_by_the_command_and_hold_every_number_of_the_readmes_ta
     monkeypatch.setattr(sys, "argv", ["probes.py", str(HERE / "README.md")])
     with pytest.raises(UsageError, match="README.md: is not a metrics.json"):
         probes.main()
-    verdicts = re.findall(r"^\| \d+ \|(.*)\|$", README, re.M)
-    numbers = {number for line in verdicts for number in re.findall(r"(?<![\w.`-])\d[\d,.]*\d(?![\w`])", line)}
-    stands = lambda number: re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d,]|\.\d)", results)
-    assert len(verdicts) == 10 and len(numbers) > 5 and all(map(stands, numbers))
+    sections = dict(part.split("\n", 1) for part in results.split("\n## ")[1:])
+    verdicts = re.findall(r"^\| \d+ \| [^|]*\|(.*)\| (?:[\w, ]+: )?([^|]*) \|$", README, re.M)
+    assert len(verdicts) == 15
+    for said, names in verdicts:  # every number stands in the results that the row names
+        text = "".join(sections[name] for part in names.split(", ") for name in fnmatch.filter(sections, part))
+        for number in re.findall(r"(?<![\w.`-])\d[\d,.]*\d(?![\w`])", said):
+            assert re.search(rf"(?<![\d.,])({number}|{number.replace(',', '')})(?![\d,]|\.\d)", text), (number, names)
+        for sooner, later, n in re.findall(r"sooner (\d+), later (\d+) of (\d+)", said):
+            assert f"sooner than the baseline in {sooner} of {n} seeds, later in {later} " in text, said
+        for left in re.findall(r"left (\d+ of \d+)", said):
+            assert f"| {left} |" in text, said
 
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"^python (exp_\w+\.py[^\n#>`]*)", README, re.M))))
