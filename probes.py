@@ -310,8 +310,7 @@ class Record:
 
     def __init__(self, args, runs: list[dict], world, model, optimizer):
         self.args, self.world, self.model, self.optimizer = args, world, model, optimizer
-        as_json = lambda m: int(m) if math.isfinite(m) else "inf"
-        self.runs = [run | {"difficulty": as_json(run["difficulty"])} for run in runs]
+        self.runs = [run | {"difficulty": int(m) if math.isfinite(m := run["difficulty"]) else "inf"} for run in runs]
         self.described = json.dumps(self.runs, allow_nan=False)  # what cannot be written fails now, not at the end
         self.due = spaced(range(args.steps + 1), args.evaluations)
         self.due_probes = spaced(self.due, args.probes)
