@@ -1,6 +1,7 @@
 """The same on text (claim 9), and word selection, the language model's own observation (claim 10).
 
     python exp_nlp.py                              sentences of a small grammar, laptop scale
+    python exp_nlp.py --text oracle                a text lists its attributes' values: nothing to learn about texts
     python exp_nlp.py --text wordselect            a text lists words of several categories: which of them is meant?
     python exp_nlp.py --conllu FILE.conllu         any Universal Dependencies treebank, any language
     python exp_nlp.py --tsv FILE.tsv               column `text`, every other column an attribute; no quoting
@@ -15,6 +16,7 @@ import os
 import re
 import unicodedata
 from collections import Counter, namedtuple
+from itertools import product
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait sleep
@@ -56,7 +58,7 @@ def parse_args():
     select = probes.early("--text", "") == "wordselect"
     parser = probes.flags(__doc__, SELECT if select else SCALES, images=False)
     add, source, between = parser.add_argument, parser.add_mutually_exclusive_group(), probes.between
-    source.add_argument("--text", choices=("grammar", "wordselect"), default="grammar", help="made here")
+    source.add_argument("--text", choices=("grammar", "oracle", "wordselect"), default="grammar", help="made here")
     source.add_argument("--conllu", nargs="+", default=[], help="treebank files; attributes from the annotation")
     source.add_argument("--tsv", help="tab-separated table with a header; column text, every other one an attribute")
     add("--arm", choices=[*FOUR, "norm"] if select else ARMS, nargs="+", help="strategies to compare")
@@ -153,6 +155,12 @@ def grammar(args) -> tuple[list, dict, list]:  # different sentences; their attr
     return list(out), {name: [values[name] for values in out.values()] for name in ATTRIBUTES}, list(range(len(out)))
 
 
+def oracle(args) -> tuple[list, dict, list]:  # every combination of the grammar's attributes, a word for each value
+    rows = list(product(*ATTRIBUTES.values()))
+    texts = [[f"{name} {value}" for name, value in zip(ATTRIBUTES, row)] for row in rows]
+    return texts, dict(zip(ATTRIBUTES, zip(*rows))), list(range(len(rows)))
+
+
 class WordSelect(Items):  # the label of a text is its word of the asked category, whatever the mapping
     def permutation(self, seed, mapping, asked) -> torch.Tensor:
         return asked[..., None] * self.sizes[0] + torch.arange(self.sizes[0], device=asked.device)
@@ -241,7 +249,7 @@ def tsv(args) -> tuple[list, dict, list]:  # "" = an empty cell, or nan; each di
 
 
 def texts(args, device, pooled=" rarer values together") -> Items:  # weighted: all values equally frequent
-    read = (args.conllu and conllu) or (args.tsv and tsv) or grammar
+    read = (args.conllu and conllu) or (args.tsv and tsv) or (oracle if args.text == "oracle" else grammar)
     words, attributes, documents = read(args)  # of each text; attributes {name: values}, "" = none
     place = {document: i for i, document in enumerate(dict.fromkeys(documents))}
     held_out = np.random.default_rng(0).permutation(len(place))[: max(1, round(0.2 * len(place)))]
@@ -280,7 +288,7 @@ def texts(args, device, pooled=" rarer values together") -> Items:  # weighted: 
     probes.say("\n  ".join(said))
     if 2 * len(parts[1]) < test.sum():
         probes.say("warning: most held-out texts are dropped; raise --words or --vocabulary, or give more varied text")
-    asked = args.ask or [name for name in ("tense", "sentiment") if read is grammar and name in kept] or kept
+    asked = args.ask or [name for name in ("tense", "sentiment") if read in (grammar, oracle) and name in kept] or kept
     values, weight = np.stack(list(kept.values()), 1), np.zeros(len(words))
     weight[parts[0]], weight[parts[1]] = (balance(values[part]) for part in parts)
     sizes, asked = tuple((values.max(0) + 1).tolist()), [list(kept).index(name) for name in asked]
