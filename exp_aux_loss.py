@@ -8,7 +8,7 @@
     python exp_aux_loss.py --task linear                              linear regression (claim 8)
 
 Total loss = label loss + weight x extra loss, which is read from the last block (--read-block), with context visible,
-all but alike and norm behind the model's final LayerNorm:
+all but alike and norm behind the model's final LayerNorm, and trains all blocks up to there (but see --stop-block):
   weights   all factor values (--read-factors) of x_i at x_i: cross-entropy, mean over factors
   previous  the values of x_(i-1) instead          labels    the values of x_i, read at its label
   shuffled  the values of another, fixed image: as many outputs, but only memorising the pairs helps
@@ -61,6 +61,12 @@ def parse_args():
     add("--loss", type=loss_arm, nargs="+", default=["baseline", "weights:0.3", "alike:1"],
         help=f"arms: none, {', '.join(WEIGHTS)}; weights:0.3 sets a weight, weights+norm adds up")  # fmt: skip
     add("--read-block", type=between(0, 1000), default=0, help="block after which extra losses are read, 0 = the last")
+    add(
+        "--stop-block",
+        type=between(0, 1000),
+        default=0,
+        help="extra losses (not norm) train only blocks after this one",
+    )
     add("--start", type=between(0, 1e8), default=0, help="step from which extra losses count: do they free stuck runs?")
     add("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, inf = always fresh; linear: d")
     add("--sequences", type=between(0, 1e8), help="size of the training set, 0 = always fresh sequences")
@@ -71,9 +77,10 @@ def parse_args():
         parser.error("--difficulty: with --task linear it is a dimension; give whole numbers from 1 to 64")
     if not linear and len(args.ask) == 1 and any("context" in text for text in args.loss):
         parser.error("--ask: with one asked factor the context loss has nothing to read; ask two or leave it out")
-    for flag, value, most in ("--read-block", args.read_block, args.n_layer), ("--start", args.start, args.steps - 1):
-        if value > most:
-            parser.error(f"{flag} {value}: give at most {most}")
+    args.read_block = args.read_block or args.n_layer
+    for name, most in ("read_block", args.n_layer), ("stop_block", args.read_block), ("start", args.steps - 1):
+        if vars(args)[name] > most:
+            parser.error(f"--{name.replace('_', '-')} {vars(args)[name]}: give at most {most}")
     if not linear and any(args.factors[FACTORS.index(name)] == 1 for name in args.read_factors or ()):
         parser.error("--read-factors: a factor of one value has nothing to read")
     return args
@@ -126,6 +133,10 @@ def main():
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             logits, states = model(batch.x, batch.y, hidden=True)  # states: after each block, (r, b, tokens, d)
             read = states[args.read_block - 1]
+            if args.stop_block:  # the same states, by a path on which no gradient goes further down
+                read = states[args.stop_block - 1].detach()
+                for block in model.blocks[args.stop_block : args.read_block]:
+                    read = block(read.flatten(1, 2), read.shape[2]).unflatten(1, read.shape[1:3])
             at_x, at_label = model.at_x(read), model.at_x(read[:, :, 1:])  # (r, b, n, d)
             guess, guess_at_label = (
                 model.extra(model.norm(h.flatten(1, 2))).unflatten(1, h.shape[1:3]) for h in (at_x, at_label)

@@ -758,6 +758,16 @@ def test_extra_losses_train_as_by_hand(tmp_path):
             torch.testing.assert_close(got, by_hand.blocks[0].mlp_out.weight, atol=1e-4, rtol=0)
 
 
+def test_extra_losses_stop_at_their_block(tmp_path):
+    stopped = []  # read-in, first and second block after one step, of the baselines and with the loss
+    for stop in range(3):
+        run(f"exp_aux_loss.py {SMALL} --steps 1 --loss none weights --stop-block {stop} --out {tmp_path}/{stop}")
+        names = "read_in.weight", "blocks.0.mlp_out.weight", "blocks.1.mlp_out.weight"
+        stopped.append([weights_of(tmp_path / f"{stop}", name).split(2) for name in names])
+        assert [torch.equal(*both) for both in stopped[-1]] == [stop > 0, stop > 0, stop > 1]
+    torch.testing.assert_close(stopped[1][2], stopped[0][2], atol=1e-6, rtol=0)
+
+
 def test_a_run_that_diverges_is_null_and_spares_the_others(tmp_path):
     said = run(f"exp_plateau.py {SMALL} --difficulty inf --no-oracle --lr 1e-3 1e9 --out {tmp_path}/both")
     run(f"exp_plateau.py {SMALL} --difficulty inf --no-oracle --lr 1e-3 --out {tmp_path}/alone")
@@ -799,7 +809,7 @@ def test_the_environment_is_not_believed_and_a_closed_output_ends_nothing(tmp_pa
     "plateau --change swapped", "warmup --switch 12",
     "warmup --warmup-difficulty inf --switch 5", "mixture --fraction 0.3", "aux_loss --loss magic",
     "aux_loss --loss weights:0.1+weights:1", "aux_loss --loss weights+labels",
-    "aux_loss --read-block 3", "aux_loss --start 12", "aux_loss --read-factors shape",
+    "aux_loss --read-block 3", "aux_loss --stop-block 3", "aux_loss --start 12", "aux_loss --read-factors shape",
     "aux_loss --ask floor_hue --loss context",
 ])  # fmt: skip
 def test_wrong_input_ends_in_one_line_that_names_the_flag_and_leaves_nothing_behind(command, tmp_path):
