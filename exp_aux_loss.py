@@ -61,12 +61,7 @@ def parse_args():
     add("--loss", type=loss_arm, nargs="+", default=["baseline", "weights:0.3", "alike:1"],
         help=f"arms: none, {', '.join(WEIGHTS)}; weights:0.3 sets a weight, weights+norm adds up")  # fmt: skip
     add("--read-block", type=between(0, 1000), default=0, help="block after which extra losses are read, 0 = the last")
-    add(
-        "--stop-block",
-        type=between(0, 1000),
-        default=0,
-        help="extra losses (not norm) train only blocks after this one",
-    )
+    add("--stop-block", type=between(0, 1000), default=0, help="extra losses (not norm) train only later blocks")
     add("--start", type=between(0, 1e8), default=0, help="step from which extra losses count: do they free stuck runs?")
     add("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, inf = always fresh; linear: d")
     add("--sequences", type=between(0, 1e8), help="size of the training set, 0 = always fresh sequences")
@@ -138,9 +133,8 @@ def main():
                 for block in model.blocks[args.stop_block : args.read_block]:
                     read = block(read.flatten(1, 2), read.shape[2]).unflatten(1, read.shape[1:3])
             at_x, at_label = model.at_x(read), model.at_x(read[:, :, 1:])  # (r, b, n, d)
-            guess, guess_at_label = (
-                model.extra(model.norm(h.flatten(1, 2))).unflatten(1, h.shape[1:3]) for h in (at_x, at_label)
-            )
+            heads = lambda h: model.extra(model.norm(h.flatten(1, 2))).unflatten(1, h.shape[1:3])
+            guess, guess_at_label = heads(at_x), heads(at_label)
         value, which = guess.split([world.n_value, world.n_asked], -1)
         losses = dict(
             weights=world.value_loss(value, batch.values),
@@ -168,7 +162,7 @@ def plot(metrics: dict, out: str) -> None:
     d.set(title="(d) Do states share one direction (last block)?", xlabel="step", ylabel="mean squared cosine")
     d.set(xlim=(0, metrics["steps"][-1]), ylim=(0, 1))
     d.legend(fontsize=8)
-    probes.save_figure(figure, out)
+    figure.savefig(f"{out}/figure.png")
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def plot(metrics: dict, out: str) -> None:
         d.plot(run["fraction"], probes.at_least(metrics, run) * (1 - run["fraction"]), **dot)
     d.set(title="(d) The same in batches of the target task alone", xlabel="part of the batch that is mixed in",
           ylabel="plateau length x part that is the target task", ylim=0)  # fmt: skip
-    probes.save_figure(figure, out)
+    figure.savefig(f"{out}/figure.png")
 
 
 if __name__ == "__main__":

@@ -323,7 +323,7 @@ def plot(metrics: dict, out: str) -> None:
     d.set_xticks(np.arange(len(names)) + 0.5, map(probes.printable, names), rotation=20)
     d.set(title=f"(d) What block {block + 1} knows of a text at the end", ylabel="weights score", ylim=(0, 1.05))
     d.legend(fontsize=8)
-    probes.save_figure(figure, out)
+    figure.savefig(f"{out}/figure.png")
 
 
 if __name__ == "__main__":

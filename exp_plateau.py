@@ -168,7 +168,7 @@ def plot(metrics: dict, out: str) -> None:
         figure.get_layout_engine().set(rect=(0, 0.21, 1, 0.79))
         draw_context(figure.add_axes((0.67, 0.05, 0.32, 0.12)), metrics, groups)
         draw_example(figure.add_axes((0.01, 0.0, 0.6, 0.19)), metrics["example"])
-    probes.save_figure(figure, out)
+    figure.savefig(f"{out}/figure.png")
 
 
 def draw_race(ax, metrics: dict) -> None:

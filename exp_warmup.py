@@ -85,7 +85,7 @@ def plot(metrics: dict, out: str) -> None:
         d.plot(run["switch"], probes.at_least(metrics, run) - run["switch"], **dot)
     d.axhline(0, color="grey", lw=1)
     d.set(title="(d) Steps on the target task itself", xlabel="switch at step", ylabel="plateau length after it")
-    probes.save_figure(figure, out)
+    figure.savefig(f"{out}/figure.png")
 
 
 if __name__ == "__main__":

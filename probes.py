@@ -39,14 +39,14 @@ import torch.distributed as dist
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
-from tasks import FACTORS, HELD_OUT, UsageError, mapping_counts
+from tasks import FACTORS, HELD_OUT, UsageError, mapping_counts, ridge
 
 try:
     import fcntl  # a lock that dies with its process
 except ImportError:  # Windows
     fcntl = None
 matplotlib.rcdefaults()  # the same figure for everybody; words of users are no formulas
-matplotlib.rcParams |= {"text.parse_math": False, "text.usetex": False}
+matplotlib.rcParams |= {"text.parse_math": False, "text.usetex": False, "savefig.dpi": 90}
 
 TORCHRUN = dist.is_torchelastic_launched()  # RANK and WORLD_SIZE of anything else are not meant for us
 RANK, PROCESSES = (int(os.environ[key]) if TORCHRUN else n for key, n in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -106,14 +106,12 @@ def linear_probe(train, target, test, test_target, sizes: list[int] | None) -> t
 
 
 @torch.no_grad()
-def converged_probe(train, target, test, test_target, sizes: list[int] | None, ridge: float = 1e-3) -> torch.Tensor:
+def converged_probe(train, target, test, test_target, sizes: list[int] | None) -> torch.Tensor:
     """As linear_probe, of the closed-form ridge read-out from standardised states: held-out score (..., f)."""
     mean, std = train.mean(-2, keepdim=True), train.std(-2, keepdim=True) + 1e-6
     a, b = (F.pad((s - mean) / std, (0, 1), value=1.0).double() for s in (train, test))
-    gram = a.mT @ a + ridge * a.shape[-2] * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     wanted = (F.one_hot(target, max(sizes)).flatten(-2) if sizes else target).double()
-    solved, _ = torch.linalg.solve_ex(gram, a.mT @ wanted)  # a broken run may not stop the others
-    return read_score((b @ solved).mT, test_target, sizes)
+    return read_score((b @ ridge(a, wanted, 1e-3 * a.shape[-2])).mT, test_target, sizes)
 
 
 @torch.no_grad()
@@ -213,12 +211,8 @@ def rate(lr: float) -> str:
 
 
 def rows(metrics: dict) -> list[dict]:
-    """A dict per arm, difficulty and rate, over its seeds. length {seed: steps}: a censored run counts as the budget.
-
-    best: the rate with the shortest median plateau of its arm and difficulty (ties: lowest final loss), chosen on these
-    very seeds; edge: it is the smallest or largest tried. damaged: asked score down by more than DAMAGE (error: up).
-    bound: "at least " where half or more is censored, so that the median is a bound.
-    """
+    """A dict per arm, difficulty and rate, over its seeds; `main` says what the words mean. length {seed: steps}: a
+    censored run counts as the budget. bound: "at least " where half or more is censored: the median is a bound."""
     rates, worse, groups, out = metrics["lr"], 1 if metrics["error"] else -1, {}, []
     for run in metrics["runs"]:
         groups.setdefault((run["arm"], run["difficulty"], run["lr"]), []).append(run)
@@ -660,12 +654,6 @@ def draw(metrics: dict, by: str = "arm"):
     for ax, label in ((a, "step"), (b, "step"), (c, "steps (open: still on it at the end)")):
         ax.set(xlabel=label, xlim=(0, steps[-1]))
     return figure, d, groups
-
-
-def save_figure(figure: Figure, out: str) -> None:
-    content = io.BytesIO()
-    figure.savefig(content, dpi=90)
-    write_aside(Path(out) / "figure.png", content.getvalue())
 
 
 def main() -> None:

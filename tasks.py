@@ -285,9 +285,8 @@ class Regression:
     def to_probe(self, seed, m, n: int, count: int) -> list[tuple]:
         """As of Items: what is read is x itself."""
         number = 3 * HELD_OUT + torch.arange(max(5, 5 * count // (4 * n)), device=seed.device).expand(len(seed), -1)
-        x = [
-            self.sample(seed, m, part, n).x.flatten(1, 2) for part in number.tensor_split([-(number.shape[1] // 5)], 1)
-        ]
+        parts = number.tensor_split([-(number.shape[1] // 5)], 1)
+        x = [self.sample(seed, m, part, n).x.flatten(1, 2) for part in parts]
         return [(part, part[:, None]) for part in x]
 
     def loss(self, guess, batch: Sequences) -> torch.Tensor:
@@ -324,11 +323,12 @@ class Regression:
 
 
 def ridge(x: torch.Tensor, y: torch.Tensor, penalty: float) -> torch.Tensor:
-    """The weights (b, d, 1) of ridge regression on x (b, k, d), y (b, k, 1); penalty 0: least squares of least norm."""
-    k, d = x.shape[1:]
+    """The weights (..., d, c) of ridge regression on x (..., k, d), y (..., k, c); penalty 0: least squares of least
+    norm. A broken run does not stop the others: its weights are no numbers."""
+    k, d = x.shape[-2:]
     if k < d:  # the smaller of the two equal forms
-        return x.mT @ torch.linalg.solve(x @ x.mT + penalty * torch.eye(k, dtype=x.dtype, device=x.device), y)
-    return torch.linalg.solve(x.mT @ x + penalty * torch.eye(d, dtype=x.dtype, device=x.device), x.mT @ y)
+        return x.mT @ torch.linalg.solve_ex(x @ x.mT + penalty * torch.eye(k, dtype=x.dtype, device=x.device), y)[0]
+    return torch.linalg.solve_ex(x.mT @ x + penalty * torch.eye(d, dtype=x.dtype, device=x.device), x.mT @ y)[0]
 
 
 def parse_difficulty(text: str) -> float:
