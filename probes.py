@@ -227,8 +227,8 @@ def rows(metrics: dict) -> list[dict]:
         row["damaged"] = sum(worse * score_change(run, metrics["block"]) > DAMAGE for run in runs)
         out.append(row)
     for row in out:
-        alike = [r for r in out if (r["arm"], r["difficulty"]) == (row["arm"], row["difficulty"])]
-        row["best"] = len(alike) > 1 and row is min(alike, key=lambda r: (r["median"], r["loss"]))
+        same = [r for r in out if (r["arm"], r["difficulty"]) == (row["arm"], row["difficulty"])]
+        row["best"] = len(same) > 1 and row is min(same, key=lambda r: (r["median"], r["loss"]))
         row["edge"] = row["best"] and row["lr"] in (min(rates), max(rates))
     return out
 
@@ -251,9 +251,9 @@ def report(metrics: dict) -> str:
             ends = [[value for value in end if value is not None] for end in ends]
             cells.append(" to ".join(f"{statistics.median(end):.3f}" for end in ends) if all(ends) else "-")
         lines.append(cells)
-        alike = [r for r in every if r["difficulty"] == m and r["arm"] != arm]
-        pairs = [(r, "same rate") for r in alike if r["lr"] == row["lr"]]
-        pairs += [(r, "each at its best rate") for r in alike if r["best"] and row["best"]]
+        others = [r for r in every if r["difficulty"] == m and r["arm"] != arm]
+        pairs = [(r, "same rate") for r in others if r["lr"] == row["lr"]]
+        pairs += [(r, "each at its best rate") for r in others if r["best"] and row["best"]]
         said = f"- {arm}, {name} = {m}, {lr}: {row['left']} of {n} leave the plateau, {row['completed']} complete"
         for r, where in pairs:
             change = [row["length"][seed] - steps for seed, steps in r["length"].items() if seed in row["length"]]
@@ -640,7 +640,8 @@ def draw(metrics: dict, by: str = "arm"):
     for key, text, va in (("no_context_loss", "best without context", "bottom"), ("bayes_loss", "exact Bayes", "top")):
         a.axhline(level[key], color="grey", ls="--", lw=1)
         text += f" ({metrics['symbol']} = {last})"
-        a.text(0.99 * steps[-1], level[key], text, ha="right", va=va, fontsize=8)
+        white = dict(color="white", alpha=0.8, pad=1)  # over curves that have arrived there
+        a.text(0.99 * steps[-1], level[key], text, ha="right", va=va, fontsize=8, bbox=white)
     start = [run["weights_score"][0][block] for runs in groups.values() for run in runs if run["arm"] != "oracle"]
     b.axhline(statistics.median(start), color="grey", ls="--", lw=1)
     what = " (error)" if metrics["error"] else ""
