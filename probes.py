@@ -389,8 +389,6 @@ class Record:
     def load(self) -> int:
         """Restore everything; returns the step to go on from. UsageError where that cannot be."""
         if not self.path.exists():
-            if PROCESSES > 1 and list(self.path.parent.glob("checkpoint-*.pt")):
-                return 0  # this process of several was stopped before its first save
             raise UsageError(f"--resume: no checkpoint in {self.path.parent}; start without --resume")
         try:
             if zipfile.ZipFile(self.path).testzip():  # the archive's own checksums

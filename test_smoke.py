@@ -473,9 +473,12 @@ def parse(words):
         sentiment=next(name for name, some in exp_nlp.ADJECTIVES.items() if set(some) & set(words)))  # fmt: skip
 
 
-def test_grammar_attributes_equal_an_independent_parse():
-    texts, attributes, _ = exp_nlp.grammar(given())
-    assert len(set(texts)) == 3000 and max(map(len, texts)) <= 11
+@pytest.mark.parametrize("read, parse, many", [
+    (exp_nlp.grammar, parse, 3000), (exp_nlp.oracle, lambda words: dict(word.split() for word in words), 1536),
+])  # fmt: skip
+def test_attributes_of_made_texts_equal_an_independent_parse(read, parse, many):
+    texts, attributes, _ = read(given())
+    assert len(set(map(tuple, texts))) == many and max(map(len, texts)) <= 11
     for i, words in enumerate(texts):
         assert parse(list(words)) == {name: column[i] for name, column in attributes.items()}, words
 
