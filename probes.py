@@ -622,6 +622,7 @@ def draw(metrics: dict, by: str = "arm"):
         label = f"{metrics['symbol']} = {run['difficulty']}" if plain else run["arm"]
         if run["lr"] == lr and (plain or run["difficulty"] == last):
             groups.setdefault(printable(label), []).append(run)
+    groups = dict(sorted(groups.items(), key=lambda group: group[0] != "oracle"))  # it comes first, always in black
     figure = Figure(figsize=(11, 8), layout="constrained")
     (a, b), (c, d) = figure.subplots(2, 2)
     for at, (colour, (label, runs)) in enumerate(zip(COLOURS, groups.items())):
