@@ -28,6 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads tha
 
 import numpy as np
 import torch
+from matplotlib.ticker import LogLocator
 
 import probes
 from model import GPT, Adam, Config, compile_blocks, pick_device
@@ -166,7 +167,8 @@ def plot(metrics: dict, out: str) -> None:
     if metrics["example"]:
         figure.set_figheight(10)
         figure.get_layout_engine().set(rect=(0, 0.21, 1, 0.79))
-        draw_context(figure.add_axes((0.67, 0.05, 0.32, 0.12)), metrics, groups)
+        if "context_score" in metrics["runs"][0]:  # not with one asked factor
+            draw_context(figure.add_axes((0.67, 0.05, 0.32, 0.12)), metrics, groups)
         draw_example(figure.add_axes((0.01, 0.0, 0.6, 0.19)), metrics["example"])
     figure.savefig(f"{out}/figure.png")
 
@@ -189,6 +191,7 @@ def draw_race(ax, metrics: dict) -> None:
     ax.set(title="(d) The race", xlabel="learning rate", ylabel="steps until (open: not yet)")
     ax.set(xscale="log", yscale="log")
     ax.set_xticks(rates, map(probes.rate, rates))
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter("{x:,.0f}")
     ax.minorticks_off()
     ax.legend(fontsize=8)
@@ -196,9 +199,8 @@ def draw_race(ax, metrics: dict) -> None:
 
 def draw_context(ax, metrics: dict, groups: dict) -> None:
     for colour, runs in zip(probes.COLOURS, groups.values()):
-        if "context_score" in runs[0]:
-            score = [[by_block[-1] for by_block in run["context_score"]] for run in runs]
-            probes.curves(ax, metrics["probe_steps"], score, colour)
+        score = [[by_block[-1] for by_block in run["context_score"]] for run in runs]
+        probes.curves(ax, metrics["probe_steps"], score, colour)
     ax.axhline(metrics["chance_context"], color="grey", ls="--", lw=1)
     ax.set(title="(e) Context score, last block (grey: chance)", xlabel="step")
 
