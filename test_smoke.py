@@ -272,7 +272,7 @@ def test_reference_levels_of_the_full_world():
     assert 0.79 < level["bayes_accuracy"] < 0.834 and level["bayes_loss"] > 0.362  # 0.834, 0.362: the factor known
 
 
-def test_extra_targets_equal_a_slow_loop():
+def test_extra_targets_equal_torch_factor_by_factor():
     world, seed, g = shapes(FEW, FACTORS[:2], code_width=5), torch.tensor([3, 8]), torch.Generator().manual_seed(0)
     batch = world.sample(seed, mapping_counts([4.0, math.inf], "cpu"), sequence_numbers(seed, 0, 3), 4)
     guess, which = torch.randn(2, 3, 4, 14, generator=g), torch.randn(2, 3, 4, 2, generator=g)
@@ -534,7 +534,8 @@ def test_a_broken_treebank_is_refused_by_file_and_line(tmp_path, text, line):
 
 @pytest.mark.parametrize("text, words", [
     ("Don't e-mail!", ["don", "'", "t", "e", "-", "mail", "!"]), ("E\u0301 tu\u0301", ["é", "tú"]),
-    ("हिन्दी में", ["हिन्दी", "में"]), ("我们 go。", ["我", "们", "go", "。"]),
+    ("हिन्दी में", ["हिन्दी", "में"]),
+    ("我们 go。", ["我", "们", "go", "。"]),
     ("ทำได้", ["ท", "ำ", "ไ", "ด้"]), ("می‌روم", ["می‌روم"]),
 ])  # fmt: skip
 def test_words_of_a_table_in_any_script(tmp_path, text, words):
