@@ -120,6 +120,7 @@ def change(runs: list[dict], model: GPT, start: GPT, optimizer: Adam, x: torch.T
     now, then = (probes.states(net, x)[:, -1:] for net in (model, start))  # (r, 1, i, d), after the last block
     scale = (probes.geometry(then)["spread"] / probes.geometry(now)["spread"])[:, 0]
     names, values = zip(*model.named_parameters())
+    mean, square = (moment.split(optimizer.sizes, 1) for moment in (optimizer.mean, optimizer.square))
     writing = [i for i, name in enumerate(names) if re.match(r"read_in|position|blocks.*_out", name)]
     first = [i for i, name in enumerate(names) if name.startswith(("read_in", "blocks.0."))]
     for r, run in enumerate(runs):
@@ -137,12 +138,12 @@ def change(runs: list[dict], model: GPT, start: GPT, optimizer: Adam, x: torch.T
         if arm == "rescaled":  # Adam's moments of a gradient that is now larger, so that its steps stay what they were
             for i in writing:
                 values[i][r] *= scale[r]
-                optimizer.mean[i][r] /= scale[r]
-                optimizer.square[i][r] /= scale[r] ** 2
+                mean[i][r] /= scale[r]
+                square[i][r] /= scale[r] ** 2
         if arm == "slower":
             optimizer.lr[r] /= 4
         if arm in ("fresh", "projected", "reset", "swapped"):
-            for state in (*optimizer.mean, *optimizer.square, optimizer.count):
+            for state in (optimizer.mean, optimizer.square, optimizer.count):
                 state[r] = 0
 
 

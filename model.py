@@ -173,32 +173,31 @@ class GPT(nn.Module):
 
 class Adam:
     """Adam (Kingma & Ba 2015; its betas, 0.9 and 0.999). A number, or one per run: lr, eps, decoupled weight_decay, and
-    clip of the norm of a run's gradient (inf = off). The first axis of every parameter is the run."""
+    clip of the norm of a run's gradient (inf = off). Moments lie side by side, (r, all parameters): a few large calls."""
 
     def __init__(self, model: nn.Module, lr, eps=1e-8, weight_decay=0.0, clip=math.inf):
         self.params = list(model.parameters())
         runs, device = len(self.params[0]), self.params[0].device
         settings = [torch.as_tensor(v, dtype=torch.float32, device=device) for v in (lr, eps, weight_decay, clip)]
-        self.lr, self.eps, self.weight_decay, self.clip = (v.expand(runs).clone().view(-1, 1, 1) for v in settings)
+        self.lr, self.eps, self.weight_decay, self.clip = (v.expand(runs).clone().view(-1, 1) for v in settings)
         self.clips = bool(torch.isfinite(torch.as_tensor(clip)).any())  # on the CPU: asking a GPU would stall it
-        self.mean = [torch.zeros_like(p) for p in self.params]
-        self.square = [torch.zeros_like(p) for p in self.params]
-        self.count = torch.zeros((runs, 1, 1), device=device)  # steps; of its own, since a run may start afresh
+        self.sizes = [p[0].numel() for p in self.params]
+        self.mean, self.square = torch.zeros(2, runs, sum(self.sizes), dtype=self.params[0].dtype, device=device)
+        self.count = torch.zeros((runs, 1), device=device)  # steps; of its own, since a run may start afresh
 
     @torch.no_grad()
     def step(self) -> None:
-        grads = [p.grad for p in self.params]
+        grad = torch.cat([p.grad.flatten(1) for p in self.params], 1)
         if self.clips:
-            norm = sum(g.square().sum((1, 2), keepdim=True) for g in grads).sqrt()
-            for g in grads:
-                g.mul_((self.clip / norm).clamp(max=1.0))
+            grad *= (self.clip / grad.norm(dim=1, keepdim=True)).clamp(max=1.0)
         self.count += 1
         step, scale = self.lr / (1 - 0.9**self.count), 1 - 0.999**self.count
-        keep = 1 - self.lr * self.weight_decay
-        for p, g, mean, square in zip(self.params, grads, self.mean, self.square):
-            mean.lerp_(g, 0.1)
-            square.lerp_(g * g, 0.001)
-            p.mul_(keep).sub_(step * mean / (square / scale).sqrt_().add_(self.eps))
+        self.mean.lerp_(grad, 0.1)
+        self.square.lerp_(grad * grad, 0.001)
+        change = step * self.mean / (self.square / scale).sqrt_().add_(self.eps)
+        keep = (1 - self.lr * self.weight_decay)[..., None]  # (r, 1, 1)
+        for p, part in zip(self.params, change.split(self.sizes, 1)):
+            p.mul_(keep).sub_(part.view_as(p))
             p.grad = None
 
     def state_dict(self) -> dict:
@@ -253,6 +252,7 @@ def main() -> None:
         config, batch = Config(d_x=768, d_y=15, n_pair=40, n_layer=12, d_model=128), 128
     print(f"{device}, {torch.get_num_threads()} threads, {precision}, batch {batch}, {config}")
     for runs in args.runs:
+        torch.compiler.reset()  # else the next R is compiled for any R, which is slower
         model = GPT(config, list(range(runs))).to(device)
         compile_blocks(model)
         optimizer, square = Adam(model, 1e-4), torch.randn(side, side, device=device)
