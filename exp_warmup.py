@@ -27,7 +27,7 @@ DEFAULTS = {
                    ask=["floor_hue", "wall_hue"], sequences=0),
     "paper": dict(difficulty=[20000], switch=[0, 1562, 3905, 7810],
                   lr=[1e-4], steps=46860, batch=128, pairs=40, n_layer=12, n_head=4, d_model=128, evaluations=240,
-                  probes=30, embedding="code", code_width=768, code_gain=2.5, code_seed=0, factors=list(SIZES),
+                  probes=30, embedding="vae", code_width=768, code_gain=2.5, code_seed=0, factors=list(SIZES),
                   ask=list(FACTORS), sequences=100_000),
 }  # fmt: skip
 
