@@ -156,12 +156,11 @@ def main():
 
 def plot(metrics: dict, out: str) -> None:
     figure, d, groups = probes.draw(metrics)
-    for colour, (label, runs) in zip(probes.COLOURS, groups.items()):
+    for colour, runs in zip(probes.COLOURS, groups.values()):
         alike = [[by_block[-1] for by_block in run["alike"]] for run in runs]
-        probes.curves(d, metrics["probe_steps"], alike, colour, label=label)
+        probes.curves(d, metrics["probe_steps"], alike, colour)
     d.set(title="(d) Do states share one direction (last block)?", xlabel="step", ylabel="mean squared cosine")
     d.set(xlim=(0, metrics["steps"][-1]), ylim=(0, 1))
-    d.legend(fontsize=8)
     figure.savefig(f"{out}/figure.png")
 
 
