@@ -173,8 +173,7 @@ class GPT(nn.Module):
 
 class Adam:
     """Adam (Kingma & Ba 2015; its betas, 0.9 and 0.999). A number, or one per run: lr, eps, decoupled weight_decay, and
-    clip of the norm of a run's gradient (inf = off); kept as (r, 1). Moments lie side by side, (r, all parameters), so
-    that a step is a few large calls."""
+    clip of the norm of a run's gradient (inf = off); kept as (r, 1). Moments (r, all parameters): few large calls."""
 
     def __init__(self, model: nn.Module, lr, eps=1e-8, weight_decay=0.0, clip=math.inf):
         self.params = list(model.parameters())
