@@ -16,7 +16,8 @@ all but alike and norm behind the model's final LayerNorm, and trains all blocks
   alike     mean squared cosine between the states of two x (probes.alike); knows nothing of factors, needs no labels
   norm      mean square of the residual stream after each block; needs no labels
 In regression: weights = x_i itself (squared error / d), context = the hidden w, shuffled = the x_i of another sequence.
-Cheap explanations, as further arms: decay (decoupled weight decay), clip (gradient norm), epsilon (Adam's).
+Cheap explanations, as further arms: decay (decoupled weight decay), clip (gradient norm), epsilon (Adam's), ramp (steps
+over which the rate rises), anneal (1: the rate falls to 0 by the end), input (times the initial size of the read-in).
 Arms of one seed start from the same weights and see the same batches; all are judged on the plain target task.
 """
 
@@ -33,7 +34,7 @@ from model import GPT, Adam, Config, Linear, compile_blocks, pick_device
 from tasks import FACTORS, SIZES, Regression, mapping_counts, parse_difficulty, sequence_numbers, shapes
 
 LOSSES = dict(weights=0.3, previous=0.3, labels=0.3, shuffled=0.3, context=0.3, alike=1.0, norm=0.01)  # their weights
-WEIGHTS = LOSSES | dict(decay=1.0, clip=0.2, epsilon=1e-4)  # of all arms
+WEIGHTS = LOSSES | dict(decay=1.0, clip=0.2, epsilon=1e-4, ramp=500.0, anneal=1.0, input=0.1)  # of all arms
 DEFAULTS = {
     "laptop": dict(difficulty=[math.inf],
                    lr=[5e-4], steps=1500, batch=48, pairs=12, n_layer=3, n_head=2, d_model=64, evaluations=60, probes=4,
@@ -118,12 +119,16 @@ def main():
     model.extra = Linear(len(runs), args.d_model, world.n_value + world.n_asked)  # read-outs of the extra losses
     model.extra.initialise(seeds)
     model = model.to(device)
+    model.read_in.weight.data *= torch.where(weight["input"] > 0, weight["input"], 1.0)[:, None, None]
     optimizer = Adam(model, [run["lr"] for run in runs], eps=epsilon, weight_decay=weight["decay"], clip=clip)
+    lr = optimizer.lr  # (r, 1)
     record = probes.Record(args, runs, world, model, optimizer)
     if not args.no_compile:
         compile_blocks(model)
 
     for step in record.steps():  # in between it measures, prints and saves
+        rise, fall = (step + 1) / weight["ramp"], 1 - weight["anneal"] * step / args.steps  # (r,), of the rate
+        optimizer.lr = lr * (rise.clamp(max=1) * fall)[:, None]
         batch = world.sample(seed, target, sequence_numbers(seed, step, args.batch, args.sequences), args.pairs)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             logits, states = model(batch.x, batch.y, hidden=True)  # states: after each block, (r, b, tokens, d)
