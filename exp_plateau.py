@@ -158,7 +158,7 @@ def example(world, n: int) -> dict:
 def plot(metrics: dict, out: str) -> None:
     figure, d, groups = probes.draw(metrics, by="difficulty")
     if len(metrics["lr"]) > 2:
-        draw_race(d, metrics)
+        draw_race(figure.axes[1], d, metrics)
     else:
         for run, dot in probes.dots(groups):
             d.plot(probes.score_change(run, metrics["block"]), probes.at_least(metrics, run), **dot)
@@ -174,8 +174,9 @@ def plot(metrics: dict, out: str) -> None:
     figure.savefig(f"{out}/figure.png")
 
 
-def draw_race(ax, metrics: dict) -> None:
-    """Two times of the hardest baselines against the rate, both seen only when states are probed (--probes)."""
+def draw_race(b, ax, metrics: dict) -> None:
+    """Of the hardest baselines, against the rate: change of the weights score, and two times, both seen only when states
+    are probed (--probes)."""
     last, rates, steps = metrics["runs"][-1]["difficulty"], sorted(metrics["lr"]), metrics["probe_steps"]
     runs = [run for run in metrics["runs"] if run["arm"] == "baseline" and run["difficulty"] == last]
     left = lambda run: [run["plateau_length"] is not None and step >= run["plateau_length"] for step in steps]
@@ -189,12 +190,18 @@ def draw_race(ax, metrics: dict) -> None:
             ax.plot(run["lr"] * aside, shown, "o", color=colour, mfc=fill, ms=4)
         medians = [np.median([time for run, time in zip(runs, times) if run["lr"] == lr]) for lr in rates]
         ax.plot(rates, medians, color=colour, label=label)
-    ax.set(title="(d) The race", xlabel="learning rate", ylabel="steps until (open: not yet)")
-    ax.set(xscale="log", yscale="log")
-    ax.set_xticks(rates, map(probes.rate, rates))
+    b.clear()
+    for run, dot in probes.dots({"": runs}):
+        b.plot(run["lr"], probes.score_change(run, metrics["block"]), **dot)
+    b.axhline(-probes.DAMAGE, color="grey", ls="--", lw=1)
+    b.set(title="(b) Weights component (below grey: damaged)", ylabel="weights score, end minus start")
+    ax.set(title="(d) The race", ylabel="steps until", yscale="log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter("{x:,.0f}")
-    ax.minorticks_off()
+    for panel, what in ((b, "still on the plateau"), (ax, "not yet")):
+        panel.set(xlabel=f"learning rate (open: {what})", xscale="log")
+        panel.set_xticks(rates, map(probes.rate, rates))
+        panel.minorticks_off()
     ax.legend(fontsize=8)
 
 
