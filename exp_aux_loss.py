@@ -128,7 +128,7 @@ def main():
 
     for step in record.steps():  # in between it measures, prints and saves
         rise, fall = (step + 1) / weight["ramp"], 1 - weight["anneal"] * step / args.steps  # (r,), of the rate
-        optimizer.lr = lr * (rise.clamp(max=1) * fall)[:, None]
+        optimizer.lr = lr * (rise.clamp(max=1) * fall.clamp(min=0))[:, None]
         batch = world.sample(seed, target, sequence_numbers(seed, step, args.batch, args.sequences), args.pairs)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             logits, states = model(batch.x, batch.y, hidden=True)  # states: after each block, (r, b, tokens, d)

@@ -63,7 +63,6 @@ def parse_args():
     source.add_argument("--tsv", help="tab-separated table with a header; column text, every other one an attribute")
     add("--arm", choices=[*FOUR, "norm"] if select else ARMS, nargs="+", help="strategies to compare")
     add("--weight", type=between(0, 1e5, float), help="of the weights and context losses")
-    add("--norm-weight", type=between(0, 1e5, float), default=0.01, help="of the norm loss")
     add("--texts", type=between(100, 1e6), default=20_000, help="how many the grammar or word selection makes")
     if not select:
         add("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, inf = always fresh")
@@ -90,7 +89,7 @@ def main():
     world = wordselect(args, device) if args.text == "wordselect" else texts(args, device)
     if world.n_asked == 1 and "context" in args.arm:
         raise UsageError("--ask: one asked attribute leaves the context loss nothing to read; ask two or drop that arm")
-    size = dict(weights=args.weight, context=args.weight, alike=1.0, norm=args.norm_weight, warmup=args.switch,
+    size = dict(weights=args.weight, context=args.weight, alike=1.0, norm=0.01, warmup=args.switch,
                 mixture=round(args.fraction * args.batch))  # fmt: skip
     size = [[size[arm] if run["arm"] == arm else 0 for run in runs] for arm in size]
     weights, context, alike, norm, switch, rows = torch.tensor(size, device=device)  # (r,) each
@@ -183,6 +182,8 @@ def wordselect(args, device, categories=("animal", "plant", "colour", "verb", "c
 
 
 def read_lines(path: str) -> list[str]:  # but for empty ones at the end
+    if not Path(path).is_file():
+        raise UsageError(f"--tsv or --conllu {path}: there is no such file")
     text = Path(path).read_bytes().decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n").rstrip("\n")
     for at, line in enumerate(text.split("\n"), 1):
         if re.search("[\r\udc80-\udcff]", line):

@@ -175,7 +175,7 @@ def plot(metrics: dict, out: str) -> None:
 
 
 def draw_race(b, ax, metrics: dict) -> None:
-    """Of the hardest baselines, against the rate: change of the weights score, and two times, both seen only when states
+    """Of the hardest baselines, against the rate: how the weights score ends, and two times, both seen only when states
     are probed (--probes)."""
     last, rates, steps = metrics["runs"][-1]["difficulty"], sorted(metrics["lr"]), metrics["probe_steps"]
     runs = [run for run in metrics["runs"] if run["arm"] == "baseline" and run["difficulty"] == last]
@@ -193,8 +193,8 @@ def draw_race(b, ax, metrics: dict) -> None:
     b.clear()
     for run, dot in probes.dots({"": runs}):
         b.plot(run["lr"], probes.score_change(run, metrics["block"]), **dot)
-    b.axhline(-probes.DAMAGE, color="grey", ls="--", lw=1)
-    b.set(title="(b) Weights component (below grey: damaged)", ylabel="weights score, end minus start")
+    b.axhline(probes.DAMAGE * (1 if metrics["error"] else -1), color="grey", ls="--", lw=1)
+    b.set(title="(b) Weights component (beyond grey: damaged)", ylabel="weights score, end minus start")
     ax.set(title="(d) The race", ylabel="steps until", yscale="log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter("{x:,.0f}")

@@ -56,7 +56,7 @@ PROBE_ITEMS, MOST_TOKENS = 4096, 2**15  # states that a probe is trained on; tok
 ESCAPE = 0.8  # of the best loss without context: Kim et al. (arXiv 2410.05448)
 COMPLETE = 0.95  # of the Bayes accuracy; in regression: last loss within 0.1 of the Bayes loss
 DAMAGE = 0.015  # a fall of the asked score by more; a standard error of 410 read-outs is 0.014 at 0.91, 0.024 at 0.6
-MAY_CHANGE = ("out", "device", "resume", "replot", "overwrite")  # flags of a resumed training
+MAY_CHANGE = ("out", "device", "no_compile", "resume", "replot", "overwrite")  # flags of a resumed training
 COLOURS = 100 * "black tab:blue tab:orange tab:green tab:red tab:purple tab:brown tab:pink tab:olive".split()
 
 
@@ -253,7 +253,7 @@ def report(metrics: dict) -> str:
         lines.append(cells)
         others = [r for r in every if r["difficulty"] == m and r["arm"] != arm]
         pairs = [(r, "same rate") for r in others if r["lr"] == row["lr"]]
-        pairs += [(r, "each at its best rate") for r in others if r["best"] and row["best"]]
+        pairs += [(r, "each at its best rate") for r in others if r["best"] and row["best"] and r["lr"] != row["lr"]]
         said = f"- {arm}, {name} = {m}, {lr}: {row['left']} of {n} leave the plateau, {row['completed']} complete"
         for r, where in pairs:
             change = [row["length"][seed] - steps for seed, steps in r["length"].items() if seed in row["length"]]
@@ -380,11 +380,12 @@ class Record:
                 curve.setdefault(key, []).append(value)
 
     def medians(self) -> str:
-        """Newest loss per arm and difficulty, over the seeds that have not diverged."""
+        """Newest loss per arm and difficulty at the common rate, over the seeds that have not diverged."""
         groups = {}
         for run, curve in zip(self.runs, self.kept["curves"]):
-            groups.setdefault(f"{run['arm']} {run['difficulty']}", []).append(curve["loss"][-1])
-        return " | ".join(f"{name} {torch.tensor(loss).nanmedian():.2f}" for name, loss in groups.items())
+            if run["lr"] == self.args.lr[0]:
+                groups.setdefault(f"{run['arm']} {run['difficulty']}", []).append(curve["loss"][-1])
+        return " | ".join(f"{name} {torch.tensor(loss).nanquantile(0.5):.2f}" for name, loss in groups.items())
 
     def load(self) -> int:
         """Restore everything; returns the step to go on from. UsageError where that cannot be."""
@@ -401,6 +402,8 @@ class Record:
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.kept = state["kept"]
                 return int(state["step"])
+        except (MemoryError, PermissionError, torch.OutOfMemoryError):
+            raise
         except Exception:  # of a damaged file torch raises nearly anything
             raise UsageError(f"--resume: {self.path} is damaged or not of this script; use --overwrite") from None
         was = ", ".join(f"{key} (then {then.get(key)}, now {self.settings.get(key)})" for key in other if key != "runs")
@@ -576,7 +579,7 @@ def replot(args, plot) -> None:
 def run(main) -> None:
     """main(), whose errors in use end in one line and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+        getattr(stream, "reconfigure", dict)(errors="backslashreplace")  # a notebook's streams have none
     code = 2
     try:
         return main()
@@ -589,9 +592,9 @@ def run(main) -> None:
     except (RuntimeError, MemoryError) as error:
         memory = ("MemoryError", "allocate memory", "out of memory", "ALLOC_FAILED")  # of CPU, CUDA, its libraries
         if any(word in repr(error) for word in memory):
-            message = "error: out of memory; give a smaller --batch or --d-model or fewer --seeds, and --overwrite"
+            message = "error: out of memory; --resume, or smaller --batch, --d-model or fewer --seeds, and --overwrite"
         elif "torch._inductor" in repr(type(error)) or "torch._dynamo" in repr(type(error)):
-            message = f"error: torch.compile failed ({str(error).splitlines()[0]}); add --no-compile and --overwrite"
+            message = f"error: torch.compile failed ({str(error).splitlines()[0]}); add --no-compile and --resume"
         else:
             raise
     print(printable(f"{Path(sys.argv[0]).name}: {message}"), file=sys.stderr)

@@ -221,8 +221,8 @@ class Items:
     def references(self, seed: int, difficulty: float, n: int, sequences: int = 1024) -> dict:
         """Levels for one run: losses in nats, accuracies as fractions; computed from the world and the run's mappings.
 
-        chance, no_context_loss: the best prediction from x alone, over the items (of very many: 20,000). bayes_*: the
-        best from x and the pairs before it, on held-out sequences.
+        chance, no_context_loss: the best prediction from x alone, over the items (of texts, or of very many: 20,000
+        draws). bayes_*: the best from x and the pairs before it, on held-out sequences.
         For a learner that sees the factors of x: where x does not show them fully (texts that are cut), bounds.
         """
         device, sizes = self.values.device, [self.sizes[f] for f in self.asked]

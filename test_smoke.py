@@ -672,6 +672,9 @@ def test_a_checkpoint_that_is_damaged_or_of_another_command_or_data_is_refused_a
     table.write_text(table.read_text().replace("a0", "a9"))
     assert f"the contents of {table}" in run(f"{flags} --resume", expect=2)
     assert "--overwrite" in run(flags, expect=2) and path.read_bytes() == whole
+    assert f"--tsv or --conllu {table}x: there is no" in run(flags.replace(str(table), f"{table}x"), expect=2)
+    with patch.object(torch, "load", side_effect=torch.OutOfMemoryError("out of memory")):  # a good checkpoint stays
+        assert "out of memory; --resume" in run(f"{flags} --resume", expect=2)
     run(f"{flags} --overwrite")
 
 
