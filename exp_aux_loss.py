@@ -103,9 +103,9 @@ def main():
     runs = probes.share([dict(arm=arm, difficulty=m, lr=lr, seed=seed) for m in args.difficulty for arm in args.loss
                          for lr in args.lr for seed in args.seeds])  # fmt: skip
     extra = [dict(part.split(":") for part in run["arm"].split("+") if part != "baseline") for run in runs]
-    weight = {name: torch.tensor([float(parts.get(name, 0)) for parts in extra], device=device) for name in WEIGHTS}
-    clip = [float(parts.get("clip", math.inf)) for parts in extra]
-    epsilon = [float(parts.get("epsilon", 1e-8)) for parts in extra]
+    of_runs = lambda name, otherwise: [float(parts.get(name, otherwise)) for parts in extra]  # (r,)
+    weight = {name: torch.tensor(of_runs(name, 0), device=device) for name in WEIGHTS}
+    clip, epsilon = of_runs("clip", math.inf), of_runs("epsilon", 1e-8)
     if args.task == "shapes":
         world = shapes(args.factors, args.ask, args.embedding, args.code_width, args.code_gain, args.code_seed, device)
         if args.read_factors:
@@ -119,7 +119,7 @@ def main():
     model.extra = Linear(len(runs), args.d_model, world.n_value + world.n_asked)  # read-outs of the extra losses
     model.extra.initialise(seeds)
     model = model.to(device)
-    model.read_in.weight.data *= torch.where(weight["input"] > 0, weight["input"], 1.0)[:, None, None]
+    model.read_in.weight.data *= torch.tensor(of_runs("input", 1), device=device)[:, None, None]
     optimizer = Adam(model, [run["lr"] for run in runs], eps=epsilon, weight_decay=weight["decay"], clip=clip)
     lr = optimizer.lr  # (r, 1)
     record = probes.Record(args, runs, world, model, optimizer)

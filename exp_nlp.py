@@ -182,7 +182,7 @@ def wordselect(args, device, categories=("animal", "plant", "colour", "verb", "c
 
 
 def read_lines(path: str) -> list[str]:  # but for empty ones at the end
-    if not Path(path).is_file():
+    if not Path(path).exists():  # a pipe is no file, and can be read
         raise UsageError(f"--tsv or --conllu {path}: there is no such file")
     text = Path(path).read_bytes().decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n").rstrip("\n")
     for at, line in enumerate(text.split("\n"), 1):

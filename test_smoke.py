@@ -732,10 +732,10 @@ def test_extra_losses_train_as_by_hand(tmp_path):
 
 def test_rates_rise_and_fall_and_a_read_in_starts_small_as_they_say(tmp_path):
     config = Config(d_x=12, d_y=3, n_pair=4, n_layer=2, n_head=2, d_model=16)
-    zero, two = GPT(config, [0, 1]).read_in.weight, None
+    zero = GPT(config, [0, 1]).read_in.weight
     for steps in (1, 2):
         run(f"exp_aux_loss.py {SMALL} --steps {steps} --loss none ramp:2 anneal input:0.5 --out {tmp_path}/{steps}")
-        one, two = two, weights_of(tmp_path / f"{steps}", "read_in.weight").split(2)
+    one, two = (weights_of(tmp_path / f"{steps}", "read_in.weight").split(2) for steps in (1, 2))
     torch.testing.assert_close(one[1] - zero, (one[0] - zero) / 2)  # half the rate at the first step of two
     torch.testing.assert_close(two[2] - one[2], (two[0] - one[0]) / 2)  # at the last one
     assert torch.equal(one[2], one[0]) and (one[3] - zero / 2).abs().max() < 2.1e-3
