@@ -34,7 +34,7 @@ from model import GPT, Adam, Config, Linear, compile_blocks, pick_device
 from tasks import FACTORS, SIZES, Regression, mapping_counts, parse_difficulty, sequence_numbers, shapes
 
 LOSSES = dict(weights=0.3, previous=0.3, labels=0.3, shuffled=0.3, context=0.3, alike=1.0, norm=0.01)  # their weights
-WEIGHTS = LOSSES | dict(decay=1.0, clip=0.2, epsilon=1e-4, ramp=500.0, anneal=1.0, input=0.1)  # of all arms
+WEIGHTS = LOSSES | dict(decay=1.0, clip=0.2, epsilon=1e-4, ramp=500.0, anneal=1.0, input=3.0)  # of all arms
 DEFAULTS = {
     "laptop": dict(difficulty=[math.inf],
                    lr=[5e-4], steps=1500, batch=48, pairs=12, n_layer=3, n_head=2, d_model=64, evaluations=60, probes=4,
