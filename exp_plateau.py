@@ -143,8 +143,7 @@ def change(runs: list[dict], model: GPT, start: GPT, optimizer: Adam, x: torch.T
         if arm == "slower":
             optimizer.lr[r] /= 4
         if arm in ("fresh", "projected", "reset", "swapped"):
-            for state in (optimizer.mean, optimizer.square, optimizer.count):
-                state[r] = 0
+            optimizer.mean[r], optimizer.square[r], optimizer.faded[:, r] = 0, 0, 1
 
 
 def example(world, n: int) -> dict:

@@ -183,15 +183,15 @@ class Adam:
         self.clips = bool(torch.isfinite(torch.as_tensor(clip)).any())  # on the CPU: asking a GPU would stall it
         self.sizes = [p[0].numel() for p in self.params]
         self.mean, self.square = torch.zeros(2, runs, sum(self.sizes), dtype=self.params[0].dtype, device=device)
-        self.count = torch.zeros((runs, 1), device=device)  # steps; of its own, since a run may start afresh
+        self.faded = torch.ones((2, runs, 1), device=device)  # 0.9^t, 0.999^t of its own: a run may start afresh
 
     @torch.no_grad()
     def step(self) -> None:
         grad = torch.cat([p.grad.flatten(1) for p in self.params], 1)
         if self.clips:
             grad *= (self.clip / grad.norm(dim=1, keepdim=True)).clamp(max=1.0)
-        self.count += 1
-        step, scale = self.lr / (1 - 0.9**self.count), 1 - 0.999**self.count
+        self.faded = torch.stack((self.faded[0] * 0.9, self.faded[1] * 0.999))  # torch's powers differ by a run's place
+        step, scale = self.lr / (1 - self.faded[0]), 1 - self.faded[1]
         self.mean.lerp_(grad, 0.1)
         self.square.lerp_(grad * grad, 0.001)
         change = step * self.mean / (self.square / scale).sqrt_().add_(self.eps)
@@ -201,10 +201,10 @@ class Adam:
             p.grad = None
 
     def state_dict(self) -> dict:
-        return {key: vars(self)[key] for key in ("mean", "square", "count", "lr")}  # a schedule may have changed lr
+        return {key: vars(self)[key] for key in ("mean", "square", "faded", "lr")}  # a schedule may have changed lr
 
     def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state)
+        vars(self).update({key: state[key] for key in self.state_dict()})
 
 
 def pick_device(device: str, precision: str) -> tuple[torch.device, str]:
@@ -268,7 +268,7 @@ def main() -> None:
                 logits = model(x, y)
             cross_entropy(logits, label).mean((1, 2)).sum().backward()
             optimizer.step()
-            optimizer.count[0].item()
+            optimizer.faded[0, 0].item()
             times.append((between - began, time.perf_counter() - between))
         product, step = torch.tensor(times[2:]).median(0).values.tolist()  # the first ones compile
         took, rate = step / runs, 2e-9 * side**3 / product
