@@ -143,7 +143,7 @@ def change(runs: list[dict], model: GPT, start: GPT, optimizer: Adam, x: torch.T
         if arm == "slower":
             optimizer.lr[r] /= 4
         if arm in ("fresh", "projected", "reset", "swapped"):
-            optimizer.mean[r], optimizer.square[r], optimizer.faded[:, r] = 0, 0, 1
+            optimizer.mean[r], optimizer.square[r], optimizer.beta_t[:, r] = 0, 0, 1
 
 
 def example(world, n: int) -> dict:

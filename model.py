@@ -183,15 +183,15 @@ class Adam:
         self.clips = bool(torch.isfinite(torch.as_tensor(clip)).any())  # on the CPU: asking a GPU would stall it
         self.sizes = [p[0].numel() for p in self.params]
         self.mean, self.square = torch.zeros(2, runs, sum(self.sizes), dtype=self.params[0].dtype, device=device)
-        self.faded = torch.ones((2, runs, 1), device=device)  # 0.9^t, 0.999^t of its own: a run may start afresh
+        self.beta_t = torch.ones((2, runs, 1), device=device)  # 0.9^t, 0.999^t of each run, which may start afresh
 
     @torch.no_grad()
     def step(self) -> None:
         grad = torch.cat([p.grad.flatten(1) for p in self.params], 1)
         if self.clips:
             grad *= (self.clip / grad.norm(dim=1, keepdim=True)).clamp(max=1.0)
-        self.faded = torch.stack((self.faded[0] * 0.9, self.faded[1] * 0.999))  # torch's powers differ by a run's place
-        step, scale = self.lr / (1 - self.faded[0]), 1 - self.faded[1]
+        self.beta_t = torch.stack((self.beta_t[0] * 0.9, self.beta_t[1] * 0.999))  # a power rounds by a run's place
+        step, scale = self.lr / (1 - self.beta_t[0]), 1 - self.beta_t[1]
         self.mean.lerp_(grad, 0.1)
         self.square.lerp_(grad * grad, 0.001)
         change = step * self.mean / (self.square / scale).sqrt_().add_(self.eps)
@@ -201,7 +201,7 @@ class Adam:
             p.grad = None
 
     def state_dict(self) -> dict:
-        return {key: vars(self)[key] for key in ("mean", "square", "faded", "lr")}  # a schedule may have changed lr
+        return {key: vars(self)[key] for key in ("mean", "square", "beta_t", "lr")}  # a schedule may have changed lr
 
     def load_state_dict(self, state: dict) -> None:
         vars(self).update({key: state[key] for key in self.state_dict()})
@@ -268,7 +268,7 @@ def main() -> None:
                 logits = model(x, y)
             cross_entropy(logits, label).mean((1, 2)).sum().backward()
             optimizer.step()
-            optimizer.faded[0, 0].item()
+            optimizer.beta_t[0, 0].item()
             times.append((between - began, time.perf_counter() - between))
         product, step = torch.tensor(times[2:]).median(0).values.tolist()  # the first ones compile
         took, rate = step / runs, 2e-9 * side**3 / product

@@ -156,7 +156,7 @@ def test_changes_do_what_they_say_and_spare_the_others():
     optimizer, (x, y, _) = Adam(model, rates := torch.ones(len(runs))), tiny_batch(len(runs))
     for moment in (moments := (optimizer.mean, optimizer.square)):
         moment += 1
-    optimizer.faded /= 2
+    optimizer.beta_t /= 2
     exp_plateau.change(runs, model, start, optimizer, x[:, :, :1])
     alone, alone_0, alone_1 = (probes.states(net, x[:, :, :1])[:, -1].detach() for net in (model, start, before))
     state, state_1 = (probes.states(net, x, y)[:, -1] for net in (model, before))
@@ -164,7 +164,7 @@ def test_changes_do_what_they_say_and_spare_the_others():
     for r, arm in enumerate(run["arm"] for run in runs):
         fresh, moved = arm in ("fresh", "projected", "reset", "swapped"), arm in ("reset", "swapped")
         assert arm == "rescaled" or all((moment[r] == 1 - fresh).all() for moment in moments)
-        assert (optimizer.faded[:, r] == (1 if fresh else 0.5)).all()
+        assert (optimizer.beta_t[:, r] == (1 if fresh else 0.5)).all()
         assert optimizer.lr[r] == (0.25 if arm == "slower" else 1.0)
         for (name, now), then, own in zip(model.named_parameters(), start.parameters(), before.parameters()):
             written = "read_in" in name or "position" in name or "_out" in name and "read" not in name
