@@ -14,7 +14,7 @@ all but alike and norm behind the model's final LayerNorm, and trains all blocks
   shuffled  the values of another, fixed image: as many outputs, but only memorising the pairs helps
   context   which factor the sequence asks for, at every x
   alike     mean squared cosine between the states of two x (probes.alike); knows nothing of factors, needs no labels
-  norm      mean square of the residual stream after each block; needs no labels
+  norm      mean square of the residual stream after each block up to there; needs no labels
 In regression: weights = x_i itself (squared error / d), context = the hidden w, shuffled = the x_i of another sequence.
 Cheap explanations, as further arms: decay (decoupled weight decay), clip (gradient norm), epsilon (Adam's), ramp (steps
 over which the rate rises), anneal (1: the rate falls to 0 by the end), input (times the initial size of the read-in).
@@ -148,7 +148,7 @@ def main():
             shuffled=world.value_loss(value, world.other_values(batch)),
             context=world.asked_loss(which, batch),
             alike=probes.alike(at_x.flatten(1, 2).float())[:, None],
-            norm=torch.stack([h.square().mean((1, 2, 3)) for h in states]).mean(0)[:, None],
+            norm=torch.stack([h.square().mean((1, 2, 3)) for h in states[: args.read_block]]).mean(0)[:, None],
         )  # (r, b, n), or one per run
         loss = world.loss(logits, batch).mean((1, 2))  # (r,), one mean per run
         for name in LOSSES:
