@@ -213,7 +213,7 @@ def rate(lr: float) -> str:
 def rows(metrics: dict) -> list[dict]:
     """A dict per arm, difficulty and rate, over its seeds; `main` says what the words mean. length {seed: steps}: a
     censored run counts as the budget. bound: "at least " where half or more is censored: the median is a bound."""
-    rates, worse, groups, out = metrics["lr"], 1 if metrics["error"] else -1, {}, []
+    worse, groups, out = 1 if metrics["error"] else -1, {}, []
     for run in metrics["runs"]:
         groups.setdefault((run["arm"], run["difficulty"], run["lr"]), []).append(run)
     for (arm, m, lr), runs in groups.items():
@@ -229,6 +229,7 @@ def rows(metrics: dict) -> list[dict]:
     for row in out:
         same = [r for r in out if (r["arm"], r["difficulty"]) == (row["arm"], row["difficulty"])]
         row["best"] = len(same) > 1 and row is min(same, key=lambda r: (r["median"], r["loss"]))
+        rates = [r["lr"] for r in same]  # of this arm: a joined file has not every arm at every rate
         row["edge"] = row["best"] and row["lr"] in (min(rates), max(rates))
     return out
 

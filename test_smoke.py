@@ -413,12 +413,12 @@ def test_only_the_asked_factors_are_the_score_and_the_others_have_their_own(monk
 def test_rows_pair_by_seed_at_the_common_rate_and_at_each_arms_best_and_mark_the_edge():
     runs = []
     for arm, lr, score, *lengths in (("baseline", 1e-3, 0.8, 40, None, 60), ("baseline", 2e-3, 0.9, 30, 30, 30),
-                                     ("new", 1e-3, 0.9, 10, 50, None), ("new", 2e-3, 0.9, 90, 90, 90),
+                                     ("new", 1e-3, 0.9, 10, 50, None), ("new", 4e-3, 0.9, 90, 90, 90),
                                      ("new", 5e-4, 0.9, 5, 5, 5)):  # fmt: skip
         same = dict(arm=arm, difficulty="inf", lr=lr, completion_step=None, loss=[1.4, 1.0])
         same |= dict.fromkeys(("weights_score", "weights_score_after_norm"), [[0.9], [score]])
         runs += [same | dict(seed=seed, plateau_length=length) for seed, length in enumerate(lengths)]
-    metrics = {"steps": [0, 100], "lr": [1e-3, 5e-4, 2e-3], "block": 0, "error": False, "symbol": "m", "runs": runs}
+    metrics = dict(steps=[0, 100], lr=[1e-3, 5e-4, 2e-3, 4e-3], block=0, error=False, symbol="m", runs=runs)
     base, base_fast, new, new_fast, new_slow = probes.rows(metrics)
     assert base["median"] == 60 and base["left"] == 2 and base["damaged"] == 3 and new["damaged"] == 0
     for key in ("best", "edge"):
