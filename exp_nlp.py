@@ -182,7 +182,7 @@ def wordselect(args, device, categories=("animal", "plant", "colour", "verb", "c
 
 
 def read_lines(path: str) -> list[str]:  # but for empty ones at the end
-    if not Path(path).exists():  # a pipe is no file, and can be read
+    if not Path(path).exists() or Path(path).is_dir():  # a pipe is no file, and can be read
         raise UsageError(f"--tsv or --conllu {path}: there is no such file")
     text = Path(path).read_bytes().decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n").rstrip("\n")
     for at, line in enumerate(text.split("\n"), 1):
@@ -250,7 +250,7 @@ def tsv(args) -> tuple[list, dict, list]:  # "" = an empty cell, or nan; each di
 
 
 def texts(args, device, pooled=" rarer values together") -> Items:  # weighted: all values equally frequent
-    read = (args.conllu and conllu) or (args.tsv and tsv) or (oracle if args.text == "oracle" else grammar)
+    read = (args.conllu and conllu) or (args.tsv is not None and tsv) or (oracle if args.text == "oracle" else grammar)
     words, attributes, documents = read(args)  # of each text; attributes {name: values}, "" = none
     place = {document: i for i, document in enumerate(dict.fromkeys(documents))}
     held_out = np.random.default_rng(0).permutation(len(place))[: max(1, round(0.2 * len(place)))]

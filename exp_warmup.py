@@ -84,7 +84,8 @@ def plot(metrics: dict, out: str) -> None:
     for run, dot in probes.dots(groups):
         d.plot(run["switch"], probes.at_least(metrics, run) - run["switch"], **dot)
     d.axhline(0, color="grey", lw=1)
-    d.set(title="(d) Steps on the target task itself", xlabel="switch at step", ylabel="plateau length after it")
+    d.set(title="(d) Steps on the target task itself", xlabel="switch at step (open: still on the plateau at the end)",
+          ylabel="plateau length after it")  # fmt: skip
     figure.savefig(f"{out}/figure.png")
 
 

@@ -50,11 +50,11 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(runs, 1, d_out))
 
     @torch.no_grad()
-    def initialise(self, seeds: list[int]) -> None:
-        """nn.Linear's default, run r from seeds[r]; for read-outs that a script adds to a GPT."""
+    def initialise(self, seeds: list[int], number: int = 1) -> None:
+        """nn.Linear's default, run r from seeds[r]; for read-outs that a script adds to a GPT, each with its number."""
         bound = self.weight.shape[1] ** -0.5
         for run, seed in enumerate(seeds):
-            generator = torch.Generator().manual_seed(2**40 + seed)
+            generator = torch.Generator().manual_seed(2**40 * number + seed)
             self.weight[run].uniform_(-bound, bound, generator=generator)
             self.bias[run].uniform_(-bound, bound, generator=generator)
 
@@ -214,7 +214,7 @@ def pick_device(device: str, precision: str) -> tuple[torch.device, str]:
     try:  # torchrun: a GPU for each process
         found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
         torch.zeros(1, device=found)
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         found = torch.device("meta")
     if found.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {device}: not available here; use --device cpu, or fewer processes")

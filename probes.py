@@ -56,6 +56,7 @@ PROBE_ITEMS, MOST_TOKENS = 4096, 2**15  # states that a probe is trained on; tok
 ESCAPE = 0.8  # of the best loss without context: Kim et al. (arXiv 2410.05448)
 COMPLETE = 0.95  # of the Bayes accuracy; in regression: last loss within 0.1 of the Bayes loss
 DAMAGE = 0.015  # a fall of the asked score by more; a standard error of 410 read-outs is 0.014 at 0.91, 0.024 at 0.6
+SCORES = [f"weights_score{kind}" for kind in ("", "_identity", "_converged", "_after_norm")]  # in tables
 MAY_CHANGE = ("out", "device", "no_compile", "resume", "replot", "overwrite")  # flags of a resumed training
 COLOURS = 100 * "black tab:blue tab:orange tab:green tab:red tab:purple tab:brown tab:pink tab:olive".split()
 
@@ -193,9 +194,9 @@ def at_least(metrics: dict, run: dict) -> int:
     return metrics["steps"][-1] if run["plateau_length"] is None else run["plateau_length"]
 
 
-def score_change(run: dict, block: int) -> float:
+def score_change(run: dict, block: int, key: str = "weights_score") -> float:
     """Asked weights score, last probe minus first; not a number for a run that diverged."""
-    start, end = (run["weights_score"][at][block] for at in (0, -1))
+    start, end = (run[key][at][block] for at in (0, -1))
     return math.nan if None in (start, end) else end - start
 
 
@@ -212,19 +213,22 @@ def rate(lr: float) -> str:
 
 def rows(metrics: dict) -> list[dict]:
     """A dict per arm, difficulty and rate, over its seeds; `main` says what the words mean. length {seed: steps}: a
-    censored run counts as the budget. bound: "at least " where half or more is censored: the median is a bound."""
+    censored run counts as the budget, in `until` as infinite. bound: "at least " where half or more is censored: the
+    median is a bound. damaged: by `alone`, `identity` and ridge, as far as they were measured."""
     worse, groups, out = 1 if metrics["error"] else -1, {}, []
     for run in metrics["runs"]:
         groups.setdefault((run["arm"], run["difficulty"], run["lr"]), []).append(run)
     for (arm, m, lr), runs in groups.items():
         row = {"arm": arm, "difficulty": m, "lr": lr, "runs": runs}
         row["length"] = {run["seed"]: at_least(metrics, run) for run in runs}
+        row["until"] = row["length"] | {run["seed"]: math.inf for run in runs if run["plateau_length"] is None}
         row["median"] = statistics.median(row["length"].values())
         row["loss"] = statistics.median(math.inf if run["loss"][-1] is None else run["loss"][-1] for run in runs)
         row["left"] = sum(run["plateau_length"] is not None for run in runs)
         row["bound"] = "at least " if row["left"] <= len(runs) // 2 else ""
         row["completed"] = sum(run["completion_step"] is not None for run in runs)
-        row["damaged"] = sum(worse * score_change(run, metrics["block"]) > DAMAGE for run in runs)
+        fallen = lambda run, key: worse * score_change(run, metrics["block"], key) > DAMAGE
+        row["damaged"] = [sum(fallen(run, key) for run in runs) for key in SCORES[:3] if key in runs[0]]
         out.append(row)
     for row in out:
         same = [r for r in out if (r["arm"], r["difficulty"]) == (row["arm"], row["difficulty"])]
@@ -237,8 +241,9 @@ def rows(metrics: dict) -> list[dict]:
 def report(metrics: dict) -> str:
     """Table and verdict of a training as Markdown: each arm and difficulty at every rate, the common first."""
     name, every, words = metrics["symbol"], rows(metrics), []
-    head = ["arm", name, "rate", "plateau length of every seed", "median", "left", "completed", "damaged",
-            "asked score, alone", "identity (the paper's)", "alone, ridge", "after the norm, ridge"]  # fmt: skip
+    head = ["arm", name, "rate", "plateau length of every seed", "median", "left", "completed",
+            "damaged by alone, identity, ridge", "asked score, alone", "identity (the paper's)", "alone, ridge",
+            "after the norm, ridge"]  # fmt: skip
     lines = [head, ["---"] * len(head)]
     for row in every:
         arm, m, runs, n = row["arm"], row["difficulty"], row["runs"], len(row["runs"])
@@ -246,8 +251,8 @@ def report(metrics: dict) -> str:
         never = lambda run: "nan" if run["loss"][-1] is None else "-"
         lengths = [never(run) if run["plateau_length"] is None else f"{run['plateau_length']:,}" for run in runs]
         cells = [arm, str(m), lr, " ".join(lengths), f"{row['bound']}{row['median']:,.0f}"]
-        cells += [f"{row[key]} of {n}" for key in ("left", "completed", "damaged")]
-        for key in ("weights_score", *(f"weights_score_{kind}" for kind in ("identity", "converged", "after_norm"))):
+        cells += [f"{row[key]} of {n}" for key in ("left", "completed")] + [f"{row['damaged']}"[1:-1]]
+        for key in SCORES:
             ends = [[run[key][at][metrics["block"]] for run in runs if key in run] for at in (0, -1)]
             ends = [[value for value in end if value is not None] for end in ends]
             cells.append(" to ".join(f"{statistics.median(end):.3f}" for end in ends) if all(ends) else "-")
@@ -257,12 +262,16 @@ def report(metrics: dict) -> str:
         pairs += [(r, "each at its best rate") for r in others if r["best"] and row["best"] and r["lr"] != row["lr"]]
         said = f"- {arm}, {name} = {m}, {lr}: {row['left']} of {n} leave the plateau, {row['completed']} complete"
         for r, where in pairs:
-            change = [row["length"][seed] - steps for seed, steps in r["length"].items() if seed in row["length"]]
-            sooner, later = sum(c < 0 for c in change), sum(c > 0 for c in change)
-            if r["arm"] == "baseline" and change:
-                said += f"; {where}: leaves sooner than the baseline in {sooner} of {len(change)} seeds, "
+            both = row["until"].keys() & r["until"].keys()
+            sooner, later = (sum(sign * row["until"][s] < sign * r["until"][s] for s in both) for sign in (1, -1))
+            if r["arm"] == "baseline" and both and not row["left"] + r["left"]:
+                said += f"; {where}: nor does the baseline, so no verdict"
+            elif r["arm"] == "baseline" and both:
+                said += f"; {where}: leaves sooner than the baseline in {sooner} of {len(both)} seeds, "
                 said += f"later in {later} (sign test p = {sign_test(sooner, later):.2g})"
-                said += "" if row["bound"] or r["bound"] else f", median {statistics.median(change):+,.0f} steps"
+                least, most = (statistics.median(a[s] - b[s] for s in both) for a, b in
+                               ((row["length"], r["until"]), (row["until"], r["length"])))  # fmt: skip
+                said += f", median {least:+,.0f} steps" if least == most else ""
             if (arm, r["arm"], where) == ("baseline", "oracle", "same rate") and not r["bound"]:
                 said += f"; the plateau is {row['bound']}{row['median'] / max(1, r['median']):.2g} times the oracle's"
         words.append(f"{said}.")
@@ -315,6 +324,9 @@ class Record:
         for file in (given.get("embedding"), given.get("tsv"), *(given.get("conllu") or ())):
             if file and Path(file).is_file():
                 self.settings[f"the contents of {file}"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
+        if given.get("embedding") == "vae":  # another release of torch trains another one
+            some = world.table[:1000].cpu().numpy().tobytes()
+            self.settings["the latents of the VAE"] = hashlib.sha256(some).hexdigest()[:12]
         self.path = Path(args.out) / (f"checkpoint-{RANK}.pt" if PROCESSES > 1 else "checkpoint.pt")
         say(f"{len(runs)} runs x {args.steps:,} steps; reference levels and first probing ...")
         keys, self.device = [(run["seed"], run["difficulty"]) for run in runs], next(model.parameters()).device
@@ -391,7 +403,8 @@ class Record:
     def load(self) -> int:
         """Restore everything; returns the step to go on from. UsageError where that cannot be."""
         if not self.path.exists():
-            raise UsageError(f"--resume: no checkpoint in {self.path.parent}; start without --resume")
+            cure = "start without --resume, or with as many processes as then"
+            raise UsageError(f"--resume: no {self.path.name} in {self.path.parent}; {cure}")
         try:
             if zipfile.ZipFile(self.path).testzip():  # the archive's own checksums
                 raise ValueError
@@ -512,14 +525,14 @@ def flags(doc: str, defaults: dict[str, dict], images: bool = True) -> argparse.
     parser.set_defaults(**defaults.get(early("--scale", "laptop"), {}))
     add, out = parser.add_argument, "out/" + Path(sys.argv[0]).stem.removeprefix("exp_")
     add("--scale", choices=list(defaults), default="laptop", help="which defaults")
-    add("--lr", type=between(1e-9, 1e9, float), nargs="+", help="Adam's; the first is common, all for an arm's best")
+    add("--lr", type=between(1e-9, 1e9, float), nargs="+", help="Adam's; the first is common, and drawn")
     add("--steps", type=between(1, 1e8), help="training steps, the budget")
     add("--batch", type=between(1, 1e5), help="sequences per step")
     add("--pairs", type=between(1, 512), help="(x, y) pairs per sequence")
     add("--n-layer", type=between(1, 1000), help="blocks")
     add("--n-head", type=between(1, 1000), help="attention heads")
     add("--d-model", type=between(1, 1e5), help="width")
-    add("--evaluations", type=between(1, 1e8), help="points of a curve")
+    add("--evaluations", type=between(1, 1e8), help="points of a curve: what a plateau length can be")
     add("--probes", type=between(1, 1e8), help="times the states are probed, after the start")
     if images:  # what tasks.shapes is made of
         add("--embedding", help="what images look like: code, pixels, vae, onehot (the oracle), or a file.npz")
@@ -572,9 +585,9 @@ def replot(args, plot) -> None:
         if metrics["script"] != Path(sys.argv[0]).name:
             raise ValueError(metrics["script"])
         say(report(metrics))
-        plot(metrics, args.out)
-    except Exception as error:  # whatever somebody wrote there, or a mistake in a plot of one's own
-        raise UsageError(f"--replot: {path} is not of this script, or plot has a mistake ({error!r:.99})") from None
+    except Exception as error:  # whatever somebody wrote there
+        raise UsageError(f"--replot: {path} is missing or not of this script ({error!r:.99})") from None
+    plot(metrics, args.out)
 
 
 def run(main) -> None:
@@ -585,13 +598,13 @@ def run(main) -> None:
     try:
         return main()
     except KeyboardInterrupt:
-        code, message = 130, "interrupted; --resume, in place of --overwrite, goes on from the last checkpoint"
+        code, message = 130, "interrupted; --resume, in place of --overwrite, goes on from a minute ago at most"
     except UsageError as error:
         message = f"error: {error}"
     except OSError as error:  # a full disk, a folder that is gone
         message = f"error: {error}; make room or choose another --out; --resume goes on from a checkpoint there"
     except (RuntimeError, MemoryError) as error:
-        memory = ("MemoryError", "allocate memory", "out of memory", "ALLOC_FAILED")  # of CPU, CUDA, its libraries
+        memory = ("MemoryError", "allocate memory", "enough memory", "out of memory", "ALLOC_FAILED")  # CPU and CUDA
         if any(word in repr(error) for word in memory):
             message = "error: out of memory; --resume, or smaller --batch, --d-model or fewer --seeds, and --overwrite"
         elif "torch._inductor" in repr(type(error)) or "torch._dynamo" in repr(type(error)):
@@ -643,12 +656,12 @@ def draw(metrics: dict, by: str = "arm"):
     for key, text, va in (("no_context_loss", "best without context", "bottom"), ("bayes_loss", "exact Bayes", "top")):
         a.axhline(level[key], color="grey", ls="--", lw=1)
         text += f" ({metrics['symbol']} = {last})"
-        white = dict(color="white", alpha=0.8, pad=1)  # over curves that have arrived there
-        a.text(0.99 * steps[-1], level[key], text, ha="right", va=va, fontsize=8, bbox=white)
+        off = (0, 6 if va == "bottom" else -6)  # points: clear of curves that have arrived there
+        a.annotate(text, (0.99 * steps[-1], level[key]), off, textcoords="offset points", ha="right", va=va, fontsize=8)
     start = [run["weights_score"][0][block] for runs in groups.values() for run in runs if run["arm"] != "oracle"]
     b.axhline(statistics.median(start), color="grey", ls="--", lw=1)
     what = " (error)" if metrics["error"] else ""
-    a.set(title="(a) Training stalls, then jumps (below dotted: it is over)")
+    a.set(title="(a) Held-out loss (below dotted: plateau left; thin: a seed)")
     a.set(ylabel="held-out loss", ylim=(0, 1.2 * level["no_context_loss"]))
     a.legend(fontsize=8, loc="lower left")
     b.set_title(f"(b) Weights component, block {block + 1} (grey: at the start)")
@@ -677,7 +690,7 @@ def main() -> None:
             text += report(metrics)
         except Exception as error:  # whatever somebody wrote there
             raise UsageError(f"{path}: is not a metrics.json of these scripts ({error!r:.60})") from None
-        print(f"\n## {path.stem}\n\n{text}")
+        print(f"\n## {path.parent.name if path.stem == 'metrics' else path.stem}\n\n{text}")
 
 
 if __name__ == "__main__":

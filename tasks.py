@@ -144,9 +144,8 @@ class Items:
     @property
     def inputs(self) -> dict:
         """What model.Config has to know."""
-        if self.n_word:
-            return dict(d_x=0, d_y=self.n_label, n_word=self.n_word, n_token=self.table.shape[1])
-        return dict(d_x=self.table.shape[1], d_y=self.n_label)
+        width, words = self.table.shape[1], self.n_word
+        return dict(d_x=0 if words else width, d_y=self.n_label, n_word=words, n_token=width if words else 1)
 
     def show_clean(self, runs: list[bool]) -> None:
         """These runs are oracles: they see the factor values, so their weights component is perfect from step 0."""
@@ -221,8 +220,8 @@ class Items:
     def references(self, seed: int, difficulty: float, n: int, sequences: int = 1024) -> dict:
         """Levels for one run: losses in nats, accuracies as fractions; computed from the world and the run's mappings.
 
-        chance, no_context_loss: the best prediction from x alone, over the items (of texts, or of very many: 20,000
-        draws). bayes_*: the best from x and the pairs before it, on held-out sequences.
+        chance, no_context_loss: the best prediction from x alone, over the held-out items. bayes_*: the best from x
+        and the pairs before it, on held-out sequences.
         For a learner that sees the factors of x: where x does not show them fully (texts that are cut), bounds.
         """
         device, sizes = self.values.device, [self.sizes[f] for f in self.asked]
@@ -235,17 +234,15 @@ class Items:
             tables = self.permutation(seeds, mapping, torch.arange(len(sizes), device=device))
             chunk = max(1, int(2e7 / tables.numel()))  # little memory
             per_value = torch.stack([(tables == label).double().mean(0) for label in labels], -1)
-        values = self.values[:, self.asked]
-        if self.weight is not None or len(values) > 20_000:
-            values = values[self.draw(20_000, True, torch.Generator().manual_seed(0))]
-        prior = torch.stack([per_value[i][values[:, i]] for i in range(len(sizes))]).mean(0)
+        prior = sum(per_value[i][self.values[self.test, f]] for i, f in enumerate(self.asked)) / len(sizes)  # (item, c)
+        share = torch.full_like(prior[:, 0], 1 / len(prior)) if self.weight is None else self.weight[self.test]
         number = HELD_OUT + torch.arange(sequences, device=device)[None]
         batch = self.sample(seeds, mapping_counts([difficulty], device), number, n, held_out=True)
         seen, label = batch.values[0][..., self.asked], batch.label[0]
         p = torch.cat([bayes(v, y, sizes, tables) for v, y in zip(seen.split(chunk), label.split(chunk))])
         return {
-            "chance": prior.max(-1).values.mean().item(),
-            "no_context_loss": torch.special.entr(prior).sum(-1).mean().item(),
+            "chance": (share @ prior.max(-1).values).item(),
+            "no_context_loss": (share @ torch.special.entr(prior).sum(-1)).item(),
             "bayes_loss": -p.gather(-1, label[..., None]).log().mean().item(),
             "bayes_accuracy": p.max(-1).values.mean().item(),
         }

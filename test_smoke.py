@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 from itertools import count, permutations, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -274,6 +276,20 @@ def test_reference_levels_of_the_full_world():
     assert 0.79 < level["bayes_accuracy"] < 0.834 and level["bayes_loss"] > 0.362  # 0.834, 0.362: the factor known
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_level_without_context_equals_a_loop_over_held_out_items(weighted):
+    world, seed = shapes([3, 3, 4, 1, 1, 1], ["floor_hue", "wall_hue"]), torch.tensor([7])
+    if weighted:
+        world = replace(world, weight=torch.arange(1.0, 37, dtype=torch.double))
+        world.weight[world.test] /= world.weight[world.test].sum()
+    table = world.permutation(seed, torch.arange(3)[:, None], torch.arange(2)).tolist()  # [mapping][factor][value]
+    loss, share = 0, world.weight if weighted else torch.full((36,), 1 / len(world.test))
+    for item in world.test.tolist():
+        count = Counter(row[f][world.values[item, f]] for row in table for f in range(2))
+        loss -= share[item].item() * sum(n / 6 * math.log(n / 6) for n in count.values())
+    assert world.references(7, 3, 4)["no_context_loss"] == pytest.approx(loss)
+
+
 def test_extra_targets_equal_torch_factor_by_factor():
     world, seed, g = shapes(FEW, FACTORS[:2], code_width=5), torch.tensor([3, 8]), torch.Generator().manual_seed(0)
     batch = world.sample(seed, mapping_counts([4.0, math.inf], "cpu"), sequence_numbers(seed, 0, 3), 4)
@@ -403,7 +419,7 @@ def test_only_the_asked_factors_are_the_score_and_the_others_have_their_own(monk
     for run_ in range(2):  # whose states are the value of this factor of x, and nothing else
         model.read_in.weight.data[run_, 3 * run_ : 3 * run_ + 3, :3] = torch.eye(3)
     score = probes.Prober(world, torch.tensor([0, 1]), mapping_counts([math.inf] * 2, "cpu"), 4)(model)
-    for name in ("weights_score", *(f"weights_score_{kind}" for kind in ("identity", "converged", "after_norm"))):
+    for name in probes.SCORES:
         assert score[name][0] > 0.99 and score[name][1] < 0.5, name
     by_factor = score["weights_score_by_factor"][:, 0]
     assert by_factor.shape == (2, 6) and by_factor[0, 0] > 0.99 and by_factor[1, 1] > 0.99
@@ -420,13 +436,16 @@ def test_rows_pair_by_seed_at_the_common_rate_and_at_each_arms_best_and_mark_the
         runs += [same | dict(seed=seed, plateau_length=length) for seed, length in enumerate(lengths)]
     metrics = dict(steps=[0, 100], lr=[1e-3, 5e-4, 2e-3, 4e-3], block=0, error=False, symbol="m", runs=runs)
     base, base_fast, new, new_fast, new_slow = probes.rows(metrics)
-    assert base["median"] == 60 and base["left"] == 2 and base["damaged"] == 3 and new["damaged"] == 0
+    assert base["median"] == 60 and base["left"] == 2 and base["damaged"] == [3] and new["damaged"] == [0]
     for key in ("best", "edge"):
         assert [row[key] for row in probes.rows(metrics)] == [False, True, False, False, True]
     said = probes.report(metrics)
     assert "| 60 | 2 of 3 |" in said and "2 of 3 seeds, later in 1 (sign test p = 1), median -30 steps" in said
     assert "| 5e-4 best (edge) |" in said and "3 of 3 seeds, later in 0 (sign test p = 0.25), median -25 steps" in said
     assert "| at least 80 | 1 of 2 |" in probes.report(metrics | dict(runs=runs[1:3]))  # half is censored
+    last = [run | dict(plateau_length=100) if run["arm"] == "new" else run for run in runs if run["lr"] == 1e-3]
+    assert "sooner than the baseline in 1 of 3 seeds, later in 2" in probes.report(metrics | dict(runs=last))
+    assert "so no verdict" in probes.report(metrics | dict(runs=[run | dict(plateau_length=None) for run in runs]))
 
 
 def test_regression_probes_score_the_normalised_error():
@@ -677,7 +696,8 @@ def test_a_checkpoint_that_is_damaged_or_of_another_command_or_data_is_refused_a
     table.write_text(table.read_text().replace("a0", "a9"))
     assert f"the contents of {table}" in run(f"{flags} --resume", expect=2)
     assert "--overwrite" in run(flags, expect=2) and path.read_bytes() == whole
-    assert f"--tsv or --conllu {table}x: there is no" in run(flags.replace(str(table), f"{table}x"), expect=2)
+    for wrong in (f"{table}x", "''"):
+        assert "--tsv or --conllu" in run(flags.replace(str(table), wrong), expect=2)
     with patch.object(torch, "load", side_effect=torch.OutOfMemoryError("out of memory")):  # a good checkpoint stays
         assert "out of memory; --resume" in run(f"{flags} --resume", expect=2)
     run(f"{flags} --overwrite")
