@@ -228,7 +228,7 @@ def rows(metrics: dict) -> list[dict]:
         row["bound"] = "at least " if row["left"] <= len(runs) // 2 else ""
         row["completed"] = sum(run["completion_step"] is not None for run in runs)
         fallen = lambda run, key: worse * score_change(run, metrics["block"], key) > DAMAGE
-        row["damaged"] = [sum(fallen(run, key) for run in runs) for key in SCORES[:3] if key in runs[0]]
+        row["damaged"] = {key: sum(fallen(run, key) for run in runs) for key in SCORES[:3] if key in runs[0]}
         out.append(row)
     for row in out:
         same = [r for r in out if (r["arm"], r["difficulty"]) == (row["arm"], row["difficulty"])]
@@ -251,7 +251,8 @@ def report(metrics: dict) -> str:
         never = lambda run: "nan" if run["loss"][-1] is None else "-"
         lengths = [never(run) if run["plateau_length"] is None else f"{run['plateau_length']:,}" for run in runs]
         cells = [arm, str(m), lr, " ".join(lengths), f"{row['bound']}{row['median']:,.0f}"]
-        cells += [f"{row[key]} of {n}" for key in ("left", "completed")] + [f"{row['damaged']}"[1:-1]]
+        cells += [f"{row[key]} of {n}" for key in ("left", "completed")]
+        cells.append(", ".join(str(row["damaged"].get(key, "-")) for key in SCORES[:3]))
         for key in SCORES:
             ends = [[run[key][at][metrics["block"]] for run in runs if key in run] for at in (0, -1)]
             ends = [[value for value in end if value is not None] for end in ends]
