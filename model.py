@@ -50,11 +50,11 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(runs, 1, d_out))
 
     @torch.no_grad()
-    def initialise(self, seeds: list[int], number: int = 1) -> None:
+    def initialise(self, seeds: list[int], number: int = 0) -> None:
         """nn.Linear's default, run r from seeds[r]; for read-outs that a script adds to a GPT, each with its number."""
         bound = self.weight.shape[1] ** -0.5
         for run, seed in enumerate(seeds):
-            generator = torch.Generator().manual_seed(2**40 * number + seed)
+            generator = torch.Generator().manual_seed(2**27 * number + seed)  # of which torch takes 32 bits
             self.weight[run].uniform_(-bound, bound, generator=generator)
             self.bias[run].uniform_(-bound, bound, generator=generator)
 

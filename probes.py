@@ -264,14 +264,15 @@ def report(metrics: dict) -> str:
         said = f"- {arm}, {name} = {m}, {lr}: {row['left']} of {n} leave the plateau, {row['completed']} complete"
         for r, where in pairs:
             both = row["until"].keys() & r["until"].keys()
-            sooner, later = (sum(sign * row["until"][s] < sign * r["until"][s] for s in both) for sign in (1, -1))
             if r["arm"] == "baseline" and both and not row["left"] + r["left"]:
                 said += f"; {where}: nor does the baseline, so no verdict"
             elif r["arm"] == "baseline" and both:
+                sooner = sum(row["until"][s] < r["until"][s] for s in both)
+                later = sum(row["until"][s] > r["until"][s] for s in both)
                 said += f"; {where}: leaves sooner than the baseline in {sooner} of {len(both)} seeds, "
                 said += f"later in {later} (sign test p = {sign_test(sooner, later):.2g})"
-                least, most = (statistics.median(a[s] - b[s] for s in both) for a, b in
-                               ((row["length"], r["until"]), (row["until"], r["length"])))  # fmt: skip
+                least = statistics.median(row["length"][s] - r["until"][s] for s in both)  # as far as censoring tells
+                most = statistics.median(row["until"][s] - r["length"][s] for s in both)
                 said += f", median {least:+,.0f} steps" if least == most else ""
             if (arm, r["arm"], where) == ("baseline", "oracle", "same rate") and not r["bound"]:
                 said += f"; the plateau is {row['bound']}{row['median'] / max(1, r['median']):.2g} times the oracle's"
@@ -319,15 +320,15 @@ class Record:
         self.described = json.dumps(self.runs, allow_nan=False)  # what cannot be written fails now, not at the end
         self.due = spaced(range(args.steps + 1), args.evaluations)
         self.due_probes = spaced(self.due, args.probes)
-        given = vars(args)
+        given, data = vars(args), {}
         self.settings = {f"--{key.replace('_', '-')}": str(given[key]) for key in given if key not in MAY_CHANGE}
         self.settings |= {"script": Path(sys.argv[0]).name, "processes": PROCESSES}
         for file in (given.get("embedding"), given.get("tsv"), *(given.get("conllu") or ())):
             if file and Path(file).is_file():
-                self.settings[f"the contents of {file}"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
+                data[f"the contents of {file}"] = Path(file).read_bytes()
         if given.get("embedding") == "vae":  # another release of torch trains another one
-            some = world.table[:1000].cpu().numpy().tobytes()
-            self.settings["the latents of the VAE"] = hashlib.sha256(some).hexdigest()[:12]
+            data["the latents of the VAE"] = world.table[:1000].cpu().numpy().tobytes()
+        self.settings |= {name: hashlib.sha256(content).hexdigest()[:12] for name, content in data.items()}
         self.path = Path(args.out) / (f"checkpoint-{RANK}.pt" if PROCESSES > 1 else "checkpoint.pt")
         say(f"{len(runs)} runs x {args.steps:,} steps; reference levels and first probing ...")
         keys, self.device = [(run["seed"], run["difficulty"]) for run in runs], next(model.parameters()).device

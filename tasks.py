@@ -144,8 +144,9 @@ class Items:
     @property
     def inputs(self) -> dict:
         """What model.Config has to know."""
-        width, words = self.table.shape[1], self.n_word
-        return dict(d_x=0 if words else width, d_y=self.n_label, n_word=words, n_token=width if words else 1)
+        if self.n_word:
+            return dict(d_x=0, d_y=self.n_label, n_word=self.n_word, n_token=self.table.shape[1])
+        return dict(d_x=self.table.shape[1], d_y=self.n_label)
 
     def show_clean(self, runs: list[bool]) -> None:
         """These runs are oracles: they see the factor values, so their weights component is perfect from step 0."""

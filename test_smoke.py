@@ -119,6 +119,15 @@ def test_a_run_alone_equals_the_run_among_others_bit_for_bit():
     assert all(torch.equal(a[1], b[0]) for a, b in zip(together.parameters(), alone.parameters()))
 
 
+def test_read_outs_of_a_script_differ_by_seed_and_by_number():
+    one, two = Linear(2, 3, 3), Linear(2, 3, 3)
+    one.initialise([0, 1])
+    two.initialise([1, 0])
+    assert torch.equal(one.weight, two.weight.flip(0)) and not torch.equal(one.weight, two.weight)
+    two.initialise([0, 1], number=1)
+    assert not (one.weight == two.weight).any()
+
+
 def test_adam_equals_torch_for_every_run_and_goes_on_from_its_state():
     model, singles = disturbed(GPT(Config(**TINY), [0, 1, 2])).double(), []  # in float32 keys' biases get noise
     rates, rest = (1e-3, 1e-2, 3e-3), ([1e-8, 1e-4, 1e-8], [0.0, 0.1, 0.0], [math.inf, math.inf, 0.1])
@@ -697,8 +706,9 @@ def test_a_checkpoint_that_is_damaged_or_of_another_command_or_data_is_refused_a
     table.write_text(table.read_text().replace("a0", "a9"))
     assert f"the contents of {table}" in run(f"{flags} --resume", expect=2)
     assert "--overwrite" in run(flags, expect=2) and path.read_bytes() == whole
-    for wrong in (f"{table}x", "''"):
-        assert "--tsv or --conllu" in run(flags.replace(str(table), wrong), expect=2)
+    for wrong in (f"{table}x", ""):
+        said = run(flags.replace(str(table), shlex.quote(wrong)), expect=2)
+        assert f"--tsv or --conllu {wrong}: there is no" in said
     with patch.object(torch, "load", side_effect=torch.OutOfMemoryError("out of memory")):  # a good checkpoint stays
         assert "out of memory; --resume" in run(f"{flags} --resume", expect=2)
     run(f"{flags} --overwrite")
