@@ -58,7 +58,6 @@ def parse_args():
     parser = probes.flags(__doc__, LINEAR if linear else DEFAULTS, images=not linear)
     add, between = parser.add_argument, probes.between
     add("--task", choices=("shapes", "linear"), default="shapes", help="images, or linear regression")
-    add("--noise", type=between(0, 1e6, float), default=0.0, help="linear: deviation of y")
     add("--loss", type=loss_arm, nargs="+", default=["baseline", "weights:0.3", "alike:1"],
         help=f"arms: none, {', '.join(WEIGHTS)}; weights:0.3 sets a weight, weights+norm adds up")  # fmt: skip
     add("--read-block", type=between(0, 1000), default=0, help="block after which extra losses are read, 0 = the last")
@@ -111,7 +110,7 @@ def main():
         if args.read_factors:
             world.read = [FACTORS.index(name) for name in args.read_factors]
     else:
-        world = Regression(int(args.difficulty[-1]), args.noise, device)
+        world = Regression(int(args.difficulty[-1]), device)
     seeds = [run["seed"] for run in runs]
     seed, target = torch.tensor(seeds, device=device), mapping_counts([run["difficulty"] for run in runs], device)
     config = Config(**world.inputs, n_pair=args.pairs, n_layer=args.n_layer, n_head=args.n_head, d_model=args.d_model)

@@ -58,7 +58,6 @@ def parse_args():
     parser = probes.flags(__doc__, LINEAR if linear else DEFAULTS, images=not linear)
     add, between = parser.add_argument, probes.between
     add("--task", choices=("shapes", "linear"), default="shapes", help="images, or linear regression")
-    add("--noise", type=between(0, 1e6, float), default=0.0, help="linear: deviation of y")
     add("--no-oracle", action="store_true", help="shapes: leave out the oracle")
     add("--change", choices=CHANGES, nargs="+", default=[], help="arms that are changed once, see above")
     add("--at", type=between(0, 1e8), help="the step of the changes, else half of --steps")
@@ -91,7 +90,7 @@ def main():
         if not args.no_oracle:
             world.show_clean([run["arm"] == "oracle" for run in runs])
     else:
-        world = Regression(int(args.difficulty[-1]), args.noise, device)
+        world = Regression(int(args.difficulty[-1]), device)
     seeds = [run["seed"] for run in runs]
     seed, target = torch.tensor(seeds, device=device), mapping_counts([run["difficulty"] for run in runs], device)
     config = Config(**world.inputs, n_pair=args.pairs, n_layer=args.n_layer, n_head=args.n_head, d_model=args.d_model)
@@ -178,23 +177,26 @@ def draw_race(b, ax, metrics: dict) -> None:
     are probed (--probes)."""
     last, rates, steps = metrics["runs"][-1]["difficulty"], sorted(metrics["lr"]), metrics["probe_steps"]
     runs = [run for run in metrics["runs"] if run["arm"] == "baseline" and run["difficulty"] == last]
-    left = lambda run: [run["plateau_length"] is not None and step >= run["plateau_length"] for step in steps]
-    doubled = lambda run: [(by_block[-1] or 0) > 2 * run["spread"][0][-1] for by_block in run["spread"]]
-    for over, aside, colour, label in (
+    left = [next((step for step in steps if None is not run["plateau_length"] <= step), math.inf) for run in runs]
+    doubled = [probes.doubling(metrics, run, -1) for run in runs]
+    for run, *both in zip(runs, left, doubled):
+        ax.plot((0.97 * run["lr"], 1.03 * run["lr"]), np.minimum(both, steps[-1]), color="grey", lw=0.6)
+    for times, aside, colour, label in (
         (left, 0.97, "black", "the plateau is left"), (doubled, 1.03, "tab:red", "the spread has doubled"),
     ):  # fmt: skip
-        times = [next((step for step, yes in zip(steps, over(run)) if yes), math.inf) for run in runs]
         for run, time in zip(runs, times):  # open: not within the budget
             shown, fill = (time, colour) if time < math.inf else (steps[-1], "none")
             ax.plot(run["lr"] * aside, shown, "o", color=colour, mfc=fill, ms=4)
         medians = [np.median([time for run, time in zip(runs, times) if run["lr"] == lr]) for lr in rates]
+        seen = [(math.log(lr), math.log(time)) for lr, time in zip(rates, medians) if 0 < time < math.inf]
+        label += f" (slope {np.polyfit(*zip(*seen), 1)[0]:.1f})" if len(seen) > 1 else ""
         ax.plot(rates, medians, color=colour, label=label)
     b.clear()
     for run, dot in probes.dots({"": runs}):
         b.plot(run["lr"], probes.score_change(run, metrics["block"]), **dot)
     b.axhline(probes.DAMAGE * (1 if metrics["error"] else -1), color="grey", ls="--", lw=1)
     b.set(title="(b) Weights component (beyond grey: damaged)", ylabel="weights score, end minus start")
-    ax.set(title="(d) The race", ylabel="steps until", yscale="log")
+    ax.set(title="(d) The race (grey: a run)", ylabel="steps until", yscale="log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter("{x:,.0f}")
     for panel, what in ((b, "still on the plateau"), (ax, "not yet")):

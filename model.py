@@ -211,8 +211,9 @@ def pick_device(device: str, precision: str) -> tuple[torch.device, str]:
     """--device and --precision, with auto resolved: a GPU if there is one; bf16 on a GPU that multiplies it, else fp32,
     so that a command is the same experiment on every CPU. Raises UsageError for a device that is not there."""
     name = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
+    local = int(os.environ["LOCAL_RANK"]) if torch.distributed.is_torchelastic_launched() else 0
     try:  # torchrun: a GPU for each process
-        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+        found = torch.device("cuda", local) if name == "cuda" else torch.device(name)
         torch.zeros(1, device=found)
     except (RuntimeError, AssertionError, ImportError):
         found = torch.device("meta")

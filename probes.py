@@ -189,6 +189,12 @@ def plateau_length(steps: list[int], loss: list[float], level: float) -> int | N
     return next((step for step, value in zip(steps, loss) if value is not None and value < level), None)
 
 
+def doubling(metrics: dict, run: dict, block: int) -> float:
+    """First probed step at which the spread of this block's states is twice that of the start, else infinite."""
+    spread = [by_block[block] or 0 for by_block in run["spread"]]
+    return next((step for step, now in zip(metrics["probe_steps"], spread) if now > 2 * spread[0]), math.inf)
+
+
 def at_least(metrics: dict, run: dict) -> int:
     """The plateau length of a run; of a censored one the budget."""
     return metrics["steps"][-1] if run["plateau_length"] is None else run["plateau_length"]
@@ -244,6 +250,9 @@ def report(metrics: dict) -> str:
     head = ["arm", name, "rate", "plateau length of every seed", "median", "left", "completed",
             "damaged by alone, identity, ridge", "asked score, alone", "identity (the paper's)", "alone, ridge",
             "after the norm, ridge"]  # fmt: skip
+    probed = all("spread" in run for run in metrics["runs"]) and len(metrics["probe_steps"]) > 6
+    race = {"block 1": 0, "last block": -1} if probed else {}
+    head += [f"spread doubled, {block}" for block in race]
     lines = [head, ["---"] * len(head)]
     for row in every:
         arm, m, runs, n = row["arm"], row["difficulty"], row["runs"], len(row["runs"])
@@ -257,6 +266,8 @@ def report(metrics: dict) -> str:
             ends = [[run[key][at][metrics["block"]] for run in runs if key in run] for at in (0, -1)]
             ends = [[value for value in end if value is not None] for end in ends]
             cells.append(" to ".join(f"{statistics.median(end):.3f}" for end in ends) if all(ends) else "-")
+        for block in race.values():
+            cells.append(" ".join(f"{doubling(metrics, run, block):,.0f}".replace("inf", "-") for run in runs))
         lines.append(cells)
         others = [r for r in every if r["difficulty"] == m and r["arm"] != arm]
         pairs = [(r, "same rate") for r in others if r["lr"] == row["lr"]]
@@ -339,7 +350,7 @@ class Record:
             if level["no_context_loss"] < 1e-6:
                 raise UsageError(f"--difficulty {m:g}: seed {seed} needs no context; ask two factors or raise it")
             if level["bayes_loss"] > ESCAPE * level["no_context_loss"]:
-                raise UsageError(f"--pairs {args.pairs}: Bayes itself stays on the plateau; give more, or less --noise")
+                raise UsageError(f"--pairs {args.pairs}: Bayes itself stays on the plateau; give more")
         open_folder(args)
         seed = torch.tensor([seed for seed, _ in keys], device=self.device)
         m = mapping_counts([difficulty for _, difficulty in keys], self.device)
@@ -604,7 +615,7 @@ def run(main) -> None:
     except UsageError as error:
         message = f"error: {error}"
     except OSError as error:  # a full disk, a folder that is gone
-        message = f"error: {error}; make room or choose another --out; --resume goes on from a checkpoint there"
+        message = f"error: {error}; mend it, make room or choose another --out; --resume goes on from a checkpoint"
     except (RuntimeError, MemoryError) as error:
         memory = ("MemoryError", "allocate memory", "enough memory", "out of memory", "ALLOC_FAILED")  # CPU and CUDA
         if any(word in repr(error) for word in memory):

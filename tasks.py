@@ -33,7 +33,7 @@ HUES = np.clip(np.abs((np.arange(10)[:, None] / 10 * 6 + np.array([0, 4, 2])) % 
 INFINITE = 2**53  # as many mappings as a double can count: as good as a fresh one for every sequence
 MOST = 20_000  # finite mappings, as in the paper: the Bayes level goes through all of them
 HELD_OUT = 2**50  # held-out sequences are numbered from here on, training ones from 0; `held_out=` chooses the images
-ASKED, MAPPING, PERMUTATION, ITEMS, SHUFFLE, WEIGHTS, INPUTS, NOISE = range(8)  # streams: what a hash is for
+ASKED, MAPPING, PERMUTATION, ITEMS, SHUFFLE, WEIGHTS, INPUTS = range(7)  # streams: what a hash is for
 
 
 class UsageError(ValueError):
@@ -256,10 +256,9 @@ def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Regression:
-    """Linear regression in context (Garg et al. 2022, arXiv 2208.01066): y = w.x + noise, w and x from N(0, I_d)."""
+    """Linear regression in context (Garg et al. 2022, arXiv 2208.01066): y = w.x, w and x from N(0, I_d)."""
 
     width: int  # x is zero-padded to it, so that runs of several d share a program
-    noise: float = 0.0  # standard deviation
     device: torch.device | str = "cpu"
     n_label = 0  # numbers, not classes
 
@@ -276,8 +275,6 @@ class Regression:
         w = random_normal(seed, WEIGHTS, number, dim) * present
         x = random_normal(seed[..., None], INPUTS, number[..., None], pair[:, None], dim) * present[:, :, None]
         y = torch.einsum("rbnd,rbd->rbn", x, w)
-        if self.noise:
-            y = y + self.noise * random_normal(seed, NOISE, number, pair)
         return Sequences(x, y[..., None], x, w, dimension=m)
 
     def to_probe(self, seed, m, n: int, count: int) -> list[tuple]:
@@ -306,18 +303,16 @@ class Regression:
 
     def references(self, seed: int, difficulty: float, n: int, sequences: int = 512) -> dict:
         """Mean squared error / d over the sequence, as in Garg et al. no_context_loss: predicting zero, the best from x
-        alone (exact). bayes: the posterior mean of w, which is ridge with the noise variance; without noise least
-        squares of least norm."""
+        alone (exact). bayes: the posterior mean of w, which is least squares of least norm."""
         d, seeds = int(difficulty), torch.tensor([seed], device=self.device)
         number = HELD_OUT + torch.arange(sequences, device=self.device)[None]
         batch = self.sample(seeds, torch.tensor([d], device=self.device), number, n)
         x, y = batch.x[0, :, :, :d].double(), batch.y[0].double()
         errors = []
         for k in range(n):
-            guess = x[:, k : k + 1] @ ridge(x[:, :k], y[:, :k], self.noise**2)
+            guess = x[:, k : k + 1] @ ridge(x[:, :k], y[:, :k], 0.0)
             errors.append((guess[:, 0, 0] - y[:, k, 0]).square().mean().item() / d)
-        losses = {"bayes_loss": float(np.mean(errors)), "bayes_last_loss": errors[-1]}
-        return {"no_context_loss": 1 + self.noise**2 / d, **losses}
+        return {"no_context_loss": 1.0, "bayes_loss": float(np.mean(errors)), "bayes_last_loss": errors[-1]}
 
 
 def ridge(x: torch.Tensor, y: torch.Tensor, penalty: float) -> torch.Tensor:

@@ -32,7 +32,7 @@ import exp_nlp
 import exp_plateau
 import probes
 import tasks
-from model import GPT, Adam, Block, Config, Linear, compile_blocks
+from model import GPT, Adam, Block, Config, Linear, compile_blocks, pick_device
 from tasks import FACTORS, HELD_OUT, SIZES, Regression, UsageError, bayes, mapping_counts, sequence_numbers, shapes
 
 HERE = Path(__file__).parent
@@ -329,23 +329,19 @@ def test_regression_sequences_are_linear_and_padding_changes_nothing():
     torch.testing.assert_close(wide.y[1, ..., 0], (wide.x[1, ..., :5] * wide.asked[1, :, None, :5]).sum(-1))
     for r, size in enumerate((3, 5)):
         assert abs(wide.y[r].square().mean() / size - 1) < 0.1 and abs(wide.x[r, ..., :size].var() - 1) < 0.02
-    noisy = Regression(7, noise=2.0).sample(seed, d, number, 6)
-    assert torch.equal(noisy.x, wide.x) and abs((noisy.y - wide.y).std() - 2) < 0.05
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.5])
-def test_regression_references_equal_numpy(noise):
+def test_regression_references_equal_numpy():
     d, n, many = 3, 7, 40
-    level = Regression(5, noise).references(4, d, n, sequences=many)
-    batch = Regression(5, noise).sample(torch.tensor([4]), torch.tensor([d]), HELD_OUT + torch.arange(many)[None], n)
+    level = Regression(5).references(4, d, n, sequences=many)
+    batch = Regression(5).sample(torch.tensor([4]), torch.tensor([d]), HELD_OUT + torch.arange(many)[None], n)
     x, y = batch.x[0, :, :, :d].double().numpy(), batch.y[0, :, :, 0].double().numpy()
     error = np.zeros((n, many))
     for k, i in product(range(n), range(many)):
-        ridge = np.vstack([x[i, :k], noise * np.eye(d)]), np.append(y[i, :k], np.zeros(d))
-        error[k, i] = x[i, k] @ np.linalg.lstsq(*ridge, rcond=None)[0] - y[i, k]  # without noise that of least norm
+        error[k, i] = x[i, k] @ np.linalg.lstsq(x[i, :k], y[i, :k], rcond=None)[0] - y[i, k]  # that of least norm
     assert level["bayes_loss"] == pytest.approx((error**2).mean() / d, rel=1e-6)
     assert level["bayes_last_loss"] == pytest.approx((error[-1] ** 2).mean() / d, rel=1e-6, abs=1e-9)
-    assert level["no_context_loss"] == 1 + noise**2 / d
+    assert level["no_context_loss"] == 1
 
 
 def test_images_show_every_factor():
@@ -456,6 +452,10 @@ def test_rows_pair_by_seed_at_the_common_rate_and_at_each_arms_best_and_mark_the
     last = [run | dict(plateau_length=100) if run["arm"] == "new" else run for run in runs if run["lr"] == 1e-3]
     assert "sooner than the baseline in 1 of 3 seeds, later in 2" in probes.report(metrics | dict(runs=last))
     assert "so no verdict" in probes.report(metrics | dict(runs=[run | dict(plateau_length=None) for run in runs]))
+    spread = [[1.0, 3.0, 1.0], [2.0, 6.5, 2.5], [None] * 3, [2.5, 6.5, 1.0], *[[1.0, 3.0, 3.0]] * 8]  # per block
+    wide = metrics | dict(probe_steps=[*range(0, 120, 10)], runs=[run | dict(spread=spread) for run in runs])
+    assert "| 30 30 30 | 10 10 10 |" in probes.report(wide)
+    assert probes.doubling(wide, dict(spread=spread[:3]), 0) == math.inf
 
 
 def test_regression_probes_score_the_normalised_error():
@@ -610,7 +610,7 @@ EACH = {
     "exp_warmup.py": f"{SMALL} --switch 0 5",
     "exp_mixture.py": f"{SMALL} --mix easy unrelated",
     "exp_aux_loss.py": f"{SMALL} --sequences 64 --loss none weights context shuffled norm decay clip weights+norm",
-    "exp_plateau.py --task linear": f"{SIZE} --difficulty 2 3 --pairs 7 --noise 0.1",
+    "exp_plateau.py --task linear": f"{SIZE} --difficulty 2 3 --pairs 7",
     "exp_aux_loss.py --task linear": f"{SIZE} --difficulty 2 3 --pairs 7 --loss none weights context shuffled norm",
     "exp_nlp.py": f"{SIZE} --texts 1500 --switch 5 --arm baseline warmup mixture weights context alike norm",
     "exp_nlp.py --text wordselect": f"{SIZE} --texts 1500",
@@ -799,7 +799,7 @@ def test_a_run_that_diverges_is_null_and_spares_the_others(tmp_path):
     assert (tmp_path / "none" / "figure.png").exists()
 
 
-def test_the_environment_is_not_believed_and_a_closed_output_ends_nothing(tmp_path):
+def test_the_environment_is_not_believed_and_a_closed_output_ends_nothing(tmp_path, monkeypatch):
     """Ranks without torchrun, a notebook's backend, another alphabet, names as formulas, a broken pipe, a full disk."""
     table, labels = tmp_path / "$x_1$ \u0416.tsv", ["no", "$\u0416^$"]
     table.write_text("text\t$a^$\n" + "\n".join(f"w{i % 9} v{i} u{i % 4}\t{labels[i % 2]}" for i in range(300)))
@@ -818,6 +818,10 @@ def test_the_environment_is_not_believed_and_a_closed_output_ends_nothing(tmp_pa
     assert odd.returncode == 0 and "\\u0416" in said, said
     assert len(science(tmp_path / "odd")["runs"]) == 2 and (tmp_path / "odd" / "figure.png").exists()
     assert closed.wait() == 0 and (tmp_path / "closed" / "figure.png").exists()
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with patch.object(torch, "zeros", side_effect=RuntimeError) as zeros, pytest.raises(UsageError, match="available"):
+        pick_device("cuda", "auto")
+    assert zeros.call_args.kwargs["device"] == torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize("command", [
