@@ -452,9 +452,9 @@ def test_rows_pair_by_seed_at_the_common_rate_and_at_each_arms_best_and_mark_the
     last = [run | dict(plateau_length=100) if run["arm"] == "new" else run for run in runs if run["lr"] == 1e-3]
     assert "sooner than the baseline in 1 of 3 seeds, later in 2" in probes.report(metrics | dict(runs=last))
     assert "so no verdict" in probes.report(metrics | dict(runs=[run | dict(plateau_length=None) for run in runs]))
-    spread = [[1.0, 3.0, 1.0], [2.0, 6.5, 2.5], [None] * 3, [2.5, 6.5, 1.0], *[[1.0, 3.0, 3.0]] * 8]  # per block
+    spread = [[1.0, 3.0, 1.0], [2.0, 6.5, 1.5], [None] * 3, [2.5, 6.5, 1.0], *[[1.0, 3.0, 3.0]] * 8]  # per block
     wide = metrics | dict(probe_steps=[*range(0, 120, 10)], runs=[run | dict(spread=spread) for run in runs])
-    assert "| 30 30 30 | 10 10 10 |" in probes.report(wide)
+    assert "| 30 30 30 | 40 40 40 |" in probes.report(wide)
     assert probes.doubling(wide, dict(spread=spread[:3]), 0) == math.inf
 
 
