@@ -177,10 +177,11 @@ def draw_race(b, ax, metrics: dict) -> None:
     are probed (--probes)."""
     last, rates, steps = metrics["runs"][-1]["difficulty"], sorted(metrics["lr"]), metrics["probe_steps"]
     runs = [run for run in metrics["runs"] if run["arm"] == "baseline" and run["difficulty"] == last]
-    left = [next((step for step in steps if None is not run["plateau_length"] <= step), math.inf) for run in runs]
+    until = [math.inf if run["plateau_length"] is None else run["plateau_length"] for run in runs]
+    left = [next((step for step in steps if step >= time), math.inf) for time in until]
     doubled = [probes.doubling(metrics, run, -1) for run in runs]
-    for run, *both in zip(runs, left, doubled):
-        ax.plot((0.97 * run["lr"], 1.03 * run["lr"]), np.minimum(both, steps[-1]), color="grey", lw=0.6)
+    beside = np.outer((0.97, 1.03), [run["lr"] for run in runs])
+    ax.plot(beside, np.minimum((left, doubled), steps[-1]), color="grey", lw=0.6)
     for times, aside, colour, label in (
         (left, 0.97, "black", "the plateau is left"), (doubled, 1.03, "tab:red", "the spread has doubled"),
     ):  # fmt: skip

@@ -213,8 +213,7 @@ def pick_device(device: str, precision: str) -> tuple[torch.device, str]:
     name = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
     local = int(os.environ["LOCAL_RANK"]) if torch.distributed.is_torchelastic_launched() else 0
     try:  # torchrun: a GPU for each process
-        found = torch.device("cuda", local) if name == "cuda" else torch.device(name)
-        torch.zeros(1, device=found)
+        found = torch.zeros(1, device=torch.device("cuda", local) if name == "cuda" else name).device
     except (RuntimeError, AssertionError, ImportError):
         found = torch.device("meta")
     if found.type not in ("cpu", "cuda"):

@@ -331,15 +331,14 @@ class Record:
         self.described = json.dumps(self.runs, allow_nan=False)  # what cannot be written fails now, not at the end
         self.due = spaced(range(args.steps + 1), args.evaluations)
         self.due_probes = spaced(self.due, args.probes)
-        given, data = vars(args), {}
+        given, digest = vars(args), lambda content: hashlib.sha256(content).hexdigest()[:12]
         self.settings = {f"--{key.replace('_', '-')}": str(given[key]) for key in given if key not in MAY_CHANGE}
         self.settings |= {"script": Path(sys.argv[0]).name, "processes": PROCESSES}
         for file in (given.get("embedding"), given.get("tsv"), *(given.get("conllu") or ())):
             if file and Path(file).is_file():
-                data[f"the contents of {file}"] = Path(file).read_bytes()
+                self.settings[f"the contents of {file}"] = digest(Path(file).read_bytes())
         if given.get("embedding") == "vae":  # another release of torch trains another one
-            data["the latents of the VAE"] = world.table[:1000].cpu().numpy().tobytes()
-        self.settings |= {name: hashlib.sha256(content).hexdigest()[:12] for name, content in data.items()}
+            self.settings["the latents of the VAE"] = digest(world.table[:1000].cpu().numpy().tobytes())
         self.path = Path(args.out) / (f"checkpoint-{RANK}.pt" if PROCESSES > 1 else "checkpoint.pt")
         say(f"{len(runs)} runs x {args.steps:,} steps; reference levels and first probing ...")
         keys, self.device = [(run["seed"], run["difficulty"]) for run in runs], next(model.parameters()).device
