@@ -37,7 +37,7 @@ LOSSES = dict(weights=0.3, previous=0.3, labels=0.3, shuffled=0.3, context=0.3, 
 WEIGHTS = LOSSES | dict(decay=1.0, clip=0.2, epsilon=1e-4, ramp=500.0, anneal=1.0, input=3.0)  # of all arms
 DEFAULTS = {
     "laptop": dict(difficulty=[math.inf],
-                   lr=[5e-4], steps=1500, batch=48, pairs=12, n_layer=3, n_head=2, d_model=64, evaluations=60, probes=4,
+                   lr=[5e-4], steps=1200, batch=48, pairs=12, n_layer=3, n_head=2, d_model=64, evaluations=48, probes=4,
                    embedding="code", code_width=32, code_gain=2.5, code_seed=0, factors=[4, 4, 4, 4, 4, 1],
                    ask=["floor_hue", "wall_hue"], sequences=0),
     "paper": dict(difficulty=[20000],
@@ -58,7 +58,7 @@ def parse_args():
     parser = probes.flags(__doc__, LINEAR if linear else DEFAULTS, images=not linear)
     add, between = parser.add_argument, probes.between
     add("--task", choices=("shapes", "linear"), default="shapes", help="images, or linear regression")
-    add("--loss", type=loss_arm, nargs="+", default=["baseline", "weights:0.3", "alike:1"],
+    add("--loss", type=loss_arm, nargs="+", default=["baseline", "weights:0.3"],
         help=f"arms: none, {', '.join(WEIGHTS)}; weights:0.3 sets a weight, weights+norm adds up")  # fmt: skip
     add("--read-block", type=between(0, 1000), default=0, help="block after which extra losses are read, 0 = the last")
     add("--stop-block", type=between(0, 1000), default=0, help="extra losses (not norm) train only later blocks")

@@ -156,7 +156,7 @@ def example(world, n: int) -> dict:
 def plot(metrics: dict, out: str) -> None:
     figure, d, groups = probes.draw(metrics, by="difficulty")
     if len(metrics["lr"]) > 2:
-        draw_race(figure.axes[1], d, metrics)
+        draw_race(*figure.axes[1:], metrics)
     else:
         for run, dot in probes.dots(groups):
             d.plot(probes.score_change(run, metrics["block"]), probes.at_least(metrics, run), **dot)
@@ -172,22 +172,34 @@ def plot(metrics: dict, out: str) -> None:
     figure.savefig(f"{out}/figure.png")
 
 
-def draw_race(b, ax, metrics: dict) -> None:
-    """Of the hardest baselines, against the rate: how the weights score ends, and two times, both seen only when states
-    are probed (--probes)."""
+def draw_race(b, c, ax, metrics: dict) -> None:
+    """At the hardest difficulty: how the weights score of the baselines ends and two times, against the rate, both seen
+    only when states are probed (--probes); in panel (c) the two times of other arms, if there are any."""
     last, rates, steps = metrics["runs"][-1]["difficulty"], sorted(metrics["lr"]), metrics["probe_steps"]
-    runs = [run for run in metrics["runs"] if run["arm"] == "baseline" and run["difficulty"] == last]
-    until = [math.inf if run["plateau_length"] is None else run["plateau_length"] for run in runs]
-    left = [next((step for step in steps if step >= time), math.inf) for time in until]
-    doubled = [probes.doubling(metrics, run, -1) for run in runs]
-    beside = np.outer((0.97, 1.03), [run["lr"] for run in runs])
-    ax.plot(beside, np.minimum((left, doubled), steps[-1]), color="grey", lw=0.6)
-    for times, aside, colour, label in (
-        (left, 0.97, "black", "the plateau is left"), (doubled, 1.03, "tab:red", "the spread has doubled"),
+    hardest = [run for run in metrics["runs"] if run["difficulty"] == last]
+    runs = [run for run in hardest if run["arm"] == "baseline"]
+    with_other = [run["lr"] for run in hardest if run["arm"] != "baseline"]
+    beside = [run for run in hardest if run["lr"] in with_other[:1]]
+    arms = list(dict.fromkeys(run["arm"] for run in beside))
+    until = lambda run: math.inf if run["plateau_length"] is None else run["plateau_length"]
+    left = lambda run: next((step for step in steps if step >= until(run)), math.inf)
+    doubled = lambda run: probes.doubling(metrics, run, -1)
+    pairs = np.array([(left(run), doubled(run)) for run in runs]).T
+    ax.plot(np.outer((0.97, 1.03), [run["lr"] for run in runs]), np.minimum(pairs, steps[-1]), color="grey", lw=0.6)
+    if arms:
+        c.clear()
+        c.set(title=f"(c) The two times with a remedy, rate {probes.rate(with_other[0])}")
+        c.set(xlabel="steps until (open: not yet)", xlim=(0, 1.02 * steps[-1]), ylim=(len(arms) - 0.5, -0.5))
+        c.set_yticks(range(len(arms)), arms)
+    for over, aside, colour, label in (
+        (left, -0.03, "black", "the plateau is left"), (doubled, 0.03, "tab:red", "the spread has doubled"),
     ):  # fmt: skip
+        dot = lambda run: dict(marker="o", color=colour, mfc=colour if over(run) < math.inf else "none", ms=4)
+        times = [over(run) for run in runs]
         for run, time in zip(runs, times):  # open: not within the budget
-            shown, fill = (time, colour) if time < math.inf else (steps[-1], "none")
-            ax.plot(run["lr"] * aside, shown, "o", color=colour, mfc=fill, ms=4)
+            ax.plot(run["lr"] * (1 + aside), min(time, steps[-1]), **dot(run))
+        for run in beside:
+            c.plot(min(over(run), steps[-1]), arms.index(run["arm"]) + 5 * aside, **dot(run))
         medians = [np.median([time for run, time in zip(runs, times) if run["lr"] == lr]) for lr in rates]
         seen = [(math.log(lr), math.log(time)) for lr, time in zip(rates, medians) if 0 < time < math.inf]
         label += f" (slope {np.polyfit(*zip(*seen), 1)[0]:.1f})" if len(seen) > 1 else ""
