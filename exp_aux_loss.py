@@ -8,12 +8,13 @@
     python exp_aux_loss.py --task linear                              linear regression (claim 8)
 
 Total loss = label loss + weight x extra loss, which is read from the last block (--read-block), with context visible,
-all but alike and norm behind the model's final LayerNorm, and trains all blocks up to there (but see --stop-block):
+all but alike, cosine and norm behind the model's final LayerNorm, and trains all blocks up to there (--stop-block):
   weights   all factor values (--read-factors) of x_i at x_i: cross-entropy, mean over factors
   previous  the values of x_(i-1) instead          labels    the values of x_i, read at its label
   shuffled  the values of another, fixed image: as many outputs, but only memorising the pairs helps
   context   which factor the sequence asks for, at every x
   alike     mean squared cosine between the states of two x (probes.alike); knows nothing of factors, needs no labels
+  cosine    mean cosine of the states of two x, that is how far they share one direction; needs no labels either
   norm      mean square of the residual stream after each block up to there; needs no labels
 In regression: weights = x_i itself (squared error / d), context = the hidden w, shuffled = the x_i of another sequence.
 Cheap explanations, as further arms: decay (decoupled weight decay), clip (gradient norm), epsilon (Adam's), ramp (steps
@@ -28,13 +29,14 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait sleep
 
 import torch
+from torch.nn import functional as F
 
 import probes
 from model import GPT, Adam, Config, Linear, compile_blocks, pick_device
 from tasks import FACTORS, SIZES, Regression, mapping_counts, parse_difficulty, sequence_numbers, shapes
 
-LOSSES = dict(weights=0.3, previous=0.3, labels=0.3, shuffled=0.3, context=0.3, alike=1.0, norm=0.01)  # their weights
-WEIGHTS = LOSSES | dict(decay=1.0, clip=0.2, epsilon=1e-4, ramp=500.0, anneal=1.0, input=3.0)  # of all arms
+LOSSES = dict(weights=0.3, previous=0.3, labels=0.3, shuffled=0.3, context=0.3, alike=1.0, cosine=1.0, norm=0.01)
+WEIGHTS = LOSSES | dict(decay=1.0, clip=0.2, epsilon=1e-4, ramp=500.0, anneal=1.0, input=3.0)  # defaults
 DEFAULTS = {
     "laptop": dict(difficulty=[math.inf],
                    lr=[5e-4], steps=1200, batch=48, pairs=12, n_layer=3, n_head=2, d_model=64, evaluations=48, probes=4,
@@ -147,6 +149,7 @@ def main():
             shuffled=world.value_loss(value, world.other_values(batch)),
             context=world.asked_loss(which, batch),
             alike=probes.alike(at_x.flatten(1, 2).float())[:, None],
+            cosine=F.normalize(at_x.flatten(1, 2).float(), dim=-1).mean(1).square().sum(-1)[:, None],
             norm=torch.stack([h.square().mean((1, 2, 3)) for h in states[: args.read_block]]).mean(0)[:, None],
         )  # (r, b, n), or one per run
         loss = world.loss(logits, batch).mean((1, 2))  # (r,), one mean per run

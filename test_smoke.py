@@ -734,13 +734,13 @@ def test_scripts_train_as_by_hand_and_arms_that_do_nothing_are_the_baseline(tmp_
 
 
 def test_extra_losses_train_as_by_hand(tmp_path):
-    run(f"exp_aux_loss.py {SMALL} --loss alike:2 norm:2 --start 3 --out {tmp_path}/last")
+    run(f"exp_aux_loss.py {SMALL} --loss alike:2 norm:2 cosine:2 --start 3 --out {tmp_path}/last")
     run(f"exp_aux_loss.py {SMALL} --loss weights previous labels norm:2 --read-block 1 "
         f"--read-factors shape floor_hue --factors 3 3 2 2 4 1 --out {tmp_path}/first")  # fmt: skip
 
-    def alike(model, states, batch):
+    def alike(model, states, batch, power=2):
         x = states[1][:, :, ::2].flatten(1, 2)
-        return sum(2 * F.cosine_similarity(s[:, None], s[None], dim=-1).square().mean() for s in x)
+        return sum(2 * F.cosine_similarity(s[:, None], s[None], dim=-1).pow(power).mean() for s in x)
 
     def norm(model, states, batch, blocks=2):
         return sum(2 * state.square().mean((1, 2, 3)).sum() / blocks for state in states[:blocks])
@@ -755,7 +755,8 @@ def test_extra_losses_train_as_by_hand(tmp_path):
         return loss
 
     for name, first, world, every in (
-        ("last", 3, shapes((3, 3, 2, 2, 1, 1), FACTORS[:2], code_width=12, code_gain=2.5), (alike, norm)),
+        ("last", 3, shapes((3, 3, 2, 2, 1, 1), FACTORS[:2], code_width=12, code_gain=2.5),
+         (alike, norm, lambda *given: alike(*given, power=1))),
         ("first", 0, shapes((3, 3, 2, 2, 4, 1), FACTORS[:2], code_width=12, code_gain=2.5),
          (values_read(0, 0), values_read(0, 1), values_read(1, 0), lambda *given: norm(*given, blocks=1))),
     ):  # fmt: skip
