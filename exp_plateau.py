@@ -188,7 +188,7 @@ def draw_race(b, c, ax, metrics: dict) -> None:
     ax.plot(np.outer((0.97, 1.03), [run["lr"] for run in runs]), np.minimum(pairs, steps[-1]), color="grey", lw=0.6)
     if arms:
         c.clear()
-        c.set(title=f"(c) The two times with a remedy, rate {probes.rate(with_other[0])}")
+        c.set(title=f"(c) The two times of every arm, rate {probes.rate(with_other[0])}")
         c.set(xlabel="steps until (open: not yet)", xlim=(0, 1.02 * steps[-1]), ylim=(len(arms) - 0.5, -0.5))
         c.set_yticks(range(len(arms)), arms)
     for over, aside, colour, label in (
