@@ -199,7 +199,8 @@ def draw_race(b, c, ax, metrics: dict) -> None:
         for run, time in zip(runs, times):  # open: not within the budget
             ax.plot(run["lr"] * (1 + aside), min(time, steps[-1]), **dot(run))
         for run in beside:
-            c.plot(min(over(run), steps[-1]), arms.index(run["arm"]) + 5 * aside, **dot(run))
+            end = steps[len(run["spread"]) - 1]  # an arm may have been trained for fewer steps
+            c.plot(min(over(run), end), arms.index(run["arm"]) + 5 * aside, **dot(run))
         medians = [np.median([time for run, time in zip(runs, times) if run["lr"] == lr]) for lr in rates]
         seen = [(math.log(lr), math.log(time)) for lr, time in zip(rates, medians) if 0 < time < math.inf]
         label += f" (slope {np.polyfit(*zip(*seen), 1)[0]:.1f})" if len(seen) > 1 else ""
