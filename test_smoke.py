@@ -606,7 +606,8 @@ SMALL = f"{SIZE} --pairs 4 --factors 3 3 2 2 1 1 --ask floor_hue wall_hue --code
 EACH = {
     "exp_plateau.py": f"{SMALL} --difficulty 2 inf",
     "exp_plateau.py --change rescaled swapped": f"{SMALL} --difficulty 2 --lr 1e-3 2e-3",
-    "exp_plateau.py --no-oracle": f"{SMALL} --difficulty 2 --lr 1e-3 2e-3 4e-3 --change fresh",
+    "exp_plateau.py --no-oracle": f"{SMALL} --difficulty 2 --lr 1e-3 2e-3 4e-3",
+    "exp_plateau.py --change fresh": f"{SMALL} --difficulty 2 --lr 1e-3 2e-3 4e-3",
     "exp_warmup.py": f"{SMALL} --switch 0 5",
     "exp_mixture.py": f"{SMALL} --mix easy unrelated",
     "exp_aux_loss.py": f"{SMALL} --sequences 64 --loss none weights context shuffled norm decay clip weights+norm",
