@@ -14,7 +14,7 @@ all but alike, cosine and norm behind the model's final LayerNorm, and trains al
   shuffled  the values of another, fixed image: as many outputs, but only memorising the pairs helps
   context   which factor the sequence asks for, at every x
   alike     mean squared cosine between the states of two x (probes.alike); knows nothing of factors, needs no labels
-  cosine    mean cosine of the states of two x, that is how far they share one direction; needs no labels either
+  cosine    mean cosine of the states of two x (probes.cosine), how far they share one direction; needs no labels
   norm      mean square of the residual stream after each block up to there; needs no labels
 In regression: weights = x_i itself (squared error / d), context = the hidden w, shuffled = the x_i of another sequence.
 Cheap explanations, as further arms: decay (decoupled weight decay), clip (gradient norm), epsilon (Adam's), ramp (steps
@@ -29,7 +29,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait sleep
 
 import torch
-from torch.nn import functional as F
 
 import probes
 from model import GPT, Adam, Config, Linear, compile_blocks, pick_device
@@ -149,7 +148,7 @@ def main():
             shuffled=world.value_loss(value, world.other_values(batch)),
             context=world.asked_loss(which, batch),
             alike=probes.alike(at_x.flatten(1, 2).float())[:, None],
-            cosine=F.normalize(at_x.flatten(1, 2).float(), dim=-1).mean(1).square().sum(-1)[:, None],
+            cosine=probes.cosine(at_x.flatten(1, 2).float())[:, None],
             norm=torch.stack([h.square().mean((1, 2, 3)) for h in states[: args.read_block]]).mean(0)[:, None],
         )  # (r, b, n), or one per run
         loss = world.loss(logits, batch).mean((1, 2))  # (r,), one mean per run

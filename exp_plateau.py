@@ -51,6 +51,7 @@ LINEAR = {
                   n_head=4, d_model=128, evaluations=400, probes=20, sequences=0),
 }  # fmt: skip
 CHANGES = ("fresh", "slower", "rescaled", "projected", "reset", "swapped")
+TIMES = (("black", "the plateau is left"), ("tab:red", "the spread has doubled"))  # of the race
 
 
 def parse_args():
@@ -172,37 +173,29 @@ def plot(metrics: dict, out: str) -> None:
     figure.savefig(f"{out}/figure.png")
 
 
+def race_times(metrics: dict, run: dict) -> tuple[float, float]:
+    """Probed steps by which a run has left the plateau, and its spread has doubled (last block); infinite: not yet."""
+    until = math.inf if run["plateau_length"] is None else run["plateau_length"]
+    return next((step for step in metrics["probe_steps"] if step >= until), math.inf), probes.doubling(metrics, run, -1)
+
+
 def draw_race(b, c, ax, metrics: dict) -> None:
     """At the hardest difficulty: how the weights score of the baselines ends and two times, against the rate, both seen
     only when states are probed (--probes); in panel (c) the two times of other arms, if there are any."""
     last, rates, steps = metrics["runs"][-1]["difficulty"], sorted(metrics["lr"]), metrics["probe_steps"]
     hardest = [run for run in metrics["runs"] if run["difficulty"] == last]
+    others = [run["lr"] for run in hardest if run["arm"] != "baseline"]
+    if others:
+        draw_arms(c, [run for run in hardest if run["lr"] == others[0]], metrics)
     runs = [run for run in hardest if run["arm"] == "baseline"]
-    with_other = [run["lr"] for run in hardest if run["arm"] != "baseline"]
-    beside = [run for run in hardest if run["lr"] in with_other[:1]]
-    arms = list(dict.fromkeys(run["arm"] for run in beside))
-    until = lambda run: math.inf if run["plateau_length"] is None else run["plateau_length"]
-    left = lambda run: next((step for step in steps if step >= until(run)), math.inf)
-    doubled = lambda run: probes.doubling(metrics, run, -1)
-    pairs = np.array([(left(run), doubled(run)) for run in runs]).T
-    ax.plot(np.outer((0.97, 1.03), [run["lr"] for run in runs]), np.minimum(pairs, steps[-1]), color="grey", lw=0.6)
-    if arms:
-        c.clear()
-        c.set(title=f"(c) The two times of every arm, rate {probes.rate(with_other[0])}")
-        c.set(xlabel="steps until (open: not yet)", xlim=(0, 1.02 * steps[-1]), ylim=(len(arms) - 0.5, -0.5))
-        c.set_yticks(range(len(arms)), arms)
-    for over, aside, colour, label in (
-        (left, -0.03, "black", "the plateau is left"), (doubled, 0.03, "tab:red", "the spread has doubled"),
-    ):  # fmt: skip
-        dot = lambda run: dict(marker="o", color=colour, mfc=colour if over(run) < math.inf else "none", ms=4)
-        times = [over(run) for run in runs]
-        for run, time in zip(runs, times):  # open: not within the budget
-            ax.plot(run["lr"] * (1 + aside), min(time, steps[-1]), **dot(run))
-        for run in beside:
-            end = steps[len(run["spread"]) - 1]  # an arm may have been trained for fewer steps
-            c.plot(min(over(run), end), arms.index(run["arm"]) + 5 * aside, **dot(run))
-        medians = [np.median([time for run, time in zip(runs, times) if run["lr"] == lr]) for lr in rates]
-        seen = [(math.log(lr), math.log(time)) for lr, time in zip(rates, medians) if 0 < time < math.inf]
+    lr, times = np.array([run["lr"] for run in runs]), np.array([race_times(metrics, run) for run in runs]).T
+    beside, shown = np.outer((0.97, 1.03), lr), np.minimum(times, steps[-1])  # (2, runs)
+    ax.plot(beside, shown, color="grey", lw=0.6)
+    for i, (colour, label) in enumerate(TIMES):
+        ax.plot(beside[i], shown[i], "o", color=colour, mfc="none", ms=4)
+        ax.plot(beside[i], times[i], "o", color=colour, ms=4)  # filled: within the budget
+        medians = [np.median(times[i][lr == one]) for one in rates]
+        seen = [(math.log(one), math.log(time)) for one, time in zip(rates, medians) if 0 < time < math.inf]
         label += f" (slope {np.polyfit(*zip(*seen), 1)[0]:.1f})" if len(seen) > 1 else ""
         ax.plot(rates, medians, color=colour, label=label)
     b.clear()
@@ -218,6 +211,19 @@ def draw_race(b, c, ax, metrics: dict) -> None:
         panel.set_xticks(rates, map(probes.rate, rates))
         panel.minorticks_off()
     ax.legend(fontsize=8)
+
+
+def draw_arms(c, runs: list[dict], metrics: dict) -> None:
+    arms = list(dict.fromkeys(run["arm"] for run in runs))
+    c.clear()
+    for run in runs:
+        end = metrics["probe_steps"][len(run["spread"]) - 1]  # an arm may have been trained for fewer steps
+        for time, aside, (colour, _) in zip(race_times(metrics, run), (-0.15, 0.15), TIMES):
+            fill = colour if time < math.inf else "none"
+            c.plot(min(time, end), arms.index(run["arm"]) + aside, "o", color=colour, mfc=fill, ms=4)
+    c.set(title=f"(c) The two times of every arm, rate {probes.rate(runs[0]['lr'])}", ylim=(len(arms) - 0.5, -0.5))
+    c.set(xlabel="steps until (open: not yet)", xlim=(0, 1.02 * metrics["probe_steps"][-1]))
+    c.set_yticks(range(len(arms)), arms)
 
 
 def draw_context(ax, metrics: dict, groups: dict) -> None:

@@ -135,6 +135,11 @@ def alike(state: torch.Tensor) -> torch.Tensor:
     return (unit.mT @ unit / state.shape[-2]).square().sum((-2, -1))  # as of all pairs, and cheaper
 
 
+def cosine(state: torch.Tensor) -> torch.Tensor:
+    """Mean cosine of two states (..., i, d) -> (...), a state and itself among them: square of the mean direction."""
+    return F.normalize(state, dim=-1).mean(-2).square().sum(-1)
+
+
 def geometry(state: torch.Tensor) -> dict[str, torch.Tensor]:
     """Of states (r, k, i, d), each (r, k): spread, share of the variance in the first direction, mean cosine of two
     states, and its mean square."""
@@ -143,8 +148,8 @@ def geometry(state: torch.Tensor) -> dict[str, torch.Tensor]:
     variance = torch.linalg.eigvalsh(centred.mT @ centred / (n - 1)).clamp(min=0)  # ascending
     total = variance.sum(-1)
     share = variance[..., -1] / total.clamp(min=1e-12)
-    cosine = (F.normalize(state, dim=-1).sum(2).square().sum(-1) - n) / (n * n - n)
-    return {"spread": total.sqrt(), "first_share": share, "cosine": cosine, "alike": alike(state)}
+    of_others = (n * cosine(state) - 1) / (n - 1)  # without a state and itself
+    return {"spread": total.sqrt(), "first_share": share, "cosine": of_others, "alike": alike(state)}
 
 
 class Prober:
