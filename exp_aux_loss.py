@@ -105,6 +105,7 @@ def main():
     extra = [dict(part.split(":") for part in run["arm"].split("+") if part != "baseline") for run in runs]
     of_runs = lambda name, otherwise: [float(parts.get(name, otherwise)) for parts in extra]  # (r,)
     weight = {name: torch.tensor(of_runs(name, 0), device=device) for name in WEIGHTS}
+    used = [name for name in LOSSES if any(name in parts for parts in extra)]  # the others are not computed
     clip, epsilon = of_runs("clip", math.inf), of_runs("epsilon", 1e-8)
     if args.task == "shapes":
         world = shapes(args.factors, args.ask, args.embedding, args.code_width, args.code_gain, args.code_seed, device)
@@ -142,18 +143,18 @@ def main():
             guess, guess_at_label = heads(at_x), heads(at_label)
         value, which = guess.split([world.n_value, world.n_asked], -1)
         losses = dict(
-            weights=world.value_loss(value, batch.values),
-            previous=world.value_loss(value[:, :, 1:], batch.values[:, :, :-1]),
-            labels=world.value_loss(guess_at_label[..., : world.n_value], batch.values),
-            shuffled=world.value_loss(value, world.other_values(batch)),
-            context=world.asked_loss(which, batch),
-            alike=probes.alike(at_x.flatten(1, 2).float())[:, None],
-            cosine=probes.cosine(at_x.flatten(1, 2).float())[:, None],
-            norm=torch.stack([h.square().mean((1, 2, 3)) for h in states[: args.read_block]]).mean(0)[:, None],
+            weights=lambda: world.value_loss(value, batch.values),
+            previous=lambda: world.value_loss(value[:, :, 1:], batch.values[:, :, :-1]),
+            labels=lambda: world.value_loss(guess_at_label[..., : world.n_value], batch.values),
+            shuffled=lambda: world.value_loss(value, world.other_values(batch)),
+            context=lambda: world.asked_loss(which, batch),
+            alike=lambda: probes.alike(at_x.flatten(1, 2).float())[:, None],
+            cosine=lambda: probes.cosine(at_x.flatten(1, 2).float())[:, None],
+            norm=lambda: torch.stack([h.square().mean((1, 2, 3)) for h in states[: args.read_block]]).mean(0)[:, None],
         )  # (r, b, n), or one per run
         loss = world.loss(logits, batch).mean((1, 2))  # (r,), one mean per run
-        for name in LOSSES:
-            loss = loss + (step >= args.start) * weight[name] * losses[name].flatten(1).mean(1)
+        for name in used:
+            loss = loss + (step >= args.start) * weight[name] * losses[name]().flatten(1).mean(1)
         loss.sum().backward()  # nothing crosses the run axis: the sum's gradient is each run's own
         optimizer.step()
 

@@ -187,7 +187,7 @@ class Adam:
 
     @torch.no_grad()
     def step(self) -> None:
-        grad = torch.cat([p.grad.flatten(1) for p in self.params], 1)
+        grad = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten(1) for p in self.params], 1)
         if self.clips:
             grad *= (self.clip / grad.norm(dim=1, keepdim=True)).clamp(max=1.0)
         self.beta_t = torch.stack((self.beta_t[0] * 0.9, self.beta_t[1] * 0.999))  # a power rounds by a run's place
