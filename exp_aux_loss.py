@@ -64,13 +64,12 @@ def parse_args():
     add("--read-block", type=between(0, 1000), default=0, help="block after which extra losses are read, 0 = the last")
     add("--stop-block", type=between(0, 1000), default=0, help="extra losses (not norm) train only later blocks")
     add("--start", type=between(0, 1e8), default=0, help="step from which extra losses count: do they free stuck runs?")
-    add("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, inf = always fresh; linear: d")
+    difficulty = between(1, 64) if linear else parse_difficulty
+    add("--difficulty", type=difficulty, nargs="+", help="mappings in play, inf = always fresh; linear: d")
     add("--sequences", type=between(0, 1e8), help="size of the training set, 0 = always fresh sequences")
     if not linear:
         add("--read-factors", choices=FACTORS, nargs="+", help="factors that extra losses read; default all that vary")
     args = probes.checked(parser)
-    if linear and max(args.difficulty) > 64:
-        parser.error("--difficulty: with --task linear it is a dimension; give whole numbers from 1 to 64")
     if not linear and len(args.ask) == 1 and any("context" in text for text in args.loss):
         parser.error("--ask: with one asked factor the context loss has nothing to read; ask two or leave it out")
     args.read_block = args.read_block or args.n_layer

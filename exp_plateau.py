@@ -62,11 +62,10 @@ def parse_args():
     add("--no-oracle", action="store_true", help="shapes: leave out the oracle")
     add("--change", choices=CHANGES, nargs="+", default=[], help="arms that are changed once, see above")
     add("--at", type=between(0, 1e8), help="the step of the changes, else half of --steps")
-    add("--difficulty", type=parse_difficulty, nargs="+", help="mappings in play, inf = always fresh; linear: d")
+    difficulty = between(1, 64) if linear else parse_difficulty
+    add("--difficulty", type=difficulty, nargs="+", help="mappings in play, inf = always fresh; linear: d")
     add("--sequences", type=between(0, 1e8), help="size of the training set, 0 = always fresh sequences")
     args = probes.checked(parser)
-    if linear and max(args.difficulty) > 64:
-        parser.error("--difficulty: with --task linear it is a dimension; give whole numbers from 1 to 64")
     if "swapped" in args.change and (len(args.lr) != 2 or probes.PROCESSES > 1):
         parser.error("--change swapped: needs two rates (--lr), and one process")
     args.at = args.steps // 2 if args.at is None else args.at

@@ -490,8 +490,6 @@ def open_folder(args) -> None:
                 fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"--out {out}: another training is running there; choose another folder") from None
-        except OSError as error:
-            raise UsageError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
         there = [path for name in ("metrics.json", "figure.png", "checkpoint*.pt*") for path in out.glob(name)]
         if there and not (args.resume or args.overwrite):
             cure = "choose another folder, go on with it (--resume) or replace it (--overwrite)"

@@ -10,8 +10,6 @@ Every random choice is a hash of (seed, stream, number of the sequence, place). 
 number: the same on CPU and GPU, and a run's data do not depend on which runs share the program.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import math
