@@ -167,12 +167,13 @@ def test_changes_do_what_they_say_and_spare_the_others():
     runs = [dict(arm=arm, difficulty=2, lr=lr, seed=0) for arm in ("baseline", *exp_plateau.CHANGES) for lr in (2, 1)]
     zeros = [0] * len(runs)
     start, model, before = GPT(Config(**TINY), zeros), *(disturbed(GPT(Config(**TINY), zeros)) for _ in range(2))
-    optimizer, (x, y, _) = Adam(model, 1.0), tiny_batch(len(runs))
+    optimizer, (x, y, _) = Adam(model, rates := torch.ones(len(runs))), tiny_batch(len(runs))
     for tensor in (optimizer.mean, optimizer.square, optimizer.beta_t):
         tensor.fill_(0.5)
     exp_plateau.change(runs, model, start, optimizer, x[:, :, :1])
     alone, alone_0, alone_1 = (probes.states(net, x[:, :, :1])[:, -1].detach() for net in (model, start, before))
     state, state_1 = (probes.states(net, x, y)[:, -1] for net in (model, before))
+    assert (rates == 1).all()  # the caller's own
     for r, arm in enumerate(run["arm"] for run in runs):
         fresh, moved = arm in ("fresh", "projected", "reset", "swapped"), arm in ("reset", "swapped")
         moments = torch.stack((optimizer.mean, optimizer.square))[:, r]
@@ -768,10 +769,8 @@ def test_extra_losses_train_as_by_hand(tmp_path):
 def test_strategies_on_text_train_as_by_hand(tmp_path):
     run(f"exp_nlp.py {SIZE} --texts 1500 --arm baseline warmup mixture weights context alike norm --switch 5 "
         f"--fraction 0.5 --weight 0.5 --out {tmp_path}")  # fmt: skip
-    world, (easy, hard) = (
-        exp_nlp.texts(given(texts=1500, pairs=6), "cpu"),
-        (mapping_counts([m, m], "cpu") for m in (1.0, 4.0)),
-    )
+    world = exp_nlp.texts(given(texts=1500, pairs=6), "cpu")
+    easy, hard = (mapping_counts([m, m], "cpu") for m in (1.0, 4.0))
     at_x = lambda states: states[-1][:, :, 11::13].flatten(1, 2)  # eleven words and a stop before each label
     read = lambda model, states: model.extra(model.norm(at_x(states))).unflatten(1, (4, 6))
     cosines = lambda states: [F.cosine_similarity(s[:, None], s[None], dim=-1) for s in at_x(states)]
