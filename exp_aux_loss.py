@@ -142,18 +142,19 @@ def main():
             guess, guess_at_label = heads(at_x), heads(at_label)
         value, which = guess.split([world.n_value, world.n_asked], -1)
         losses = dict(
-            weights=lambda: world.value_loss(value, batch.values),
-            previous=lambda: world.value_loss(value[:, :, 1:], batch.values[:, :, :-1]),
-            labels=lambda: world.value_loss(guess_at_label[..., : world.n_value], batch.values),
-            shuffled=lambda: world.value_loss(value, world.other_values(batch)),
-            context=lambda: world.asked_loss(which, batch),
-            alike=lambda: probes.alike(at_x.flatten(1, 2).float())[:, None],
-            cosine=lambda: probes.cosine(at_x.flatten(1, 2).float())[:, None],
-            norm=lambda: torch.stack([h.square().mean((1, 2, 3)) for h in states[: args.read_block]]).mean(0)[:, None],
-        )  # (r, b, n), or one per run
+            weights=(world.value_loss, value, batch.values),
+            previous=(world.value_loss, value[:, :, 1:], batch.values[:, :, :-1]),
+            labels=(world.value_loss, guess_at_label[..., : world.n_value], batch.values),
+            shuffled=(world.value_loss, value, world.other_values(batch)),
+            context=(world.asked_loss, which, batch),
+            alike=(probes.alike, at_x.flatten(1, 2).float()),
+            cosine=(probes.cosine, at_x.flatten(1, 2).float()),
+            norm=(probes.mean_square, states[: args.read_block]),
+        )  # a function and what it is given; it returns (r, b, n), or one per run
         loss = world.loss(logits, batch).mean((1, 2))  # (r,), one mean per run
         for name in used:
-            loss = loss + (step >= args.start) * weight[name] * losses[name]().flatten(1).mean(1)
+            function, *given = losses[name]
+            loss = loss + (step >= args.start) * weight[name] * function(*given).view(len(runs), -1).mean(1)
         loss.sum().backward()  # nothing crosses the run axis: the sum's gradient is each run's own
         optimizer.step()
 

@@ -119,7 +119,7 @@ def main():
         loss = loss + weights * world.value_loss(value, batch.values).mean((1, 2))
         loss = loss + context * world.asked_loss(asked, batch).mean((1, 2))
         loss = loss + alike * probes.alike(at_x.float())
-        loss = loss + norm * torch.stack([h.square().mean((1, 2, 3)) for h in states]).mean(0)
+        loss = loss + norm * probes.mean_square(states)
         loss.sum().backward()  # nothing crosses the run axis: the sum's gradient is each run's own
         optimizer.step()
 

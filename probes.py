@@ -140,6 +140,11 @@ def cosine(state: torch.Tensor) -> torch.Tensor:
     return F.normalize(state, dim=-1).mean(-2).square().sum(-1)
 
 
+def mean_square(states: list[torch.Tensor]) -> torch.Tensor:
+    """Mean square of the states after some blocks, each (r, b, tokens, d) -> (r,)."""
+    return torch.stack([h.square().mean((1, 2, 3)) for h in states]).mean(0)
+
+
 def geometry(state: torch.Tensor) -> dict[str, torch.Tensor]:
     """Of states (r, k, i, d), each (r, k): spread, share of the variance in the first direction, mean cosine of two
     states, and its mean square."""
